@@ -1,0 +1,89 @@
+"""The configuration of an engine: one table of fields, for `launch`, the command line and every actor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from .errors import Refusal
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Every setting of an engine. Sizes are in tokens or bytes, times in seconds."""
+
+    model: str = _setting("tiny", "a folder, a hub id, or `tiny`, the model in the package")
+    weights: str = _setting("auto", "`auto` reads safetensors; `random` draws them from a config.json alone")
+    dtype: str = _setting("auto", "auto, float32, bfloat16 or float16; auto: the model's own on a GPU, float32 on a CPU")
+    device: str = _setting("auto", "auto, cpu or cuda")
+    executor: str = _setting("model", "`model`, or `mock`: the same messages and no model")
+    tokenizer: str | None = _setting(None, "where the tokenizer is, if not with the model; `none`: token ids only")
+    max_model_len: int | None = _setting(None, "longest prompt and output together, tokens; none: the model's own")
+    memory: float = _setting(0.9, "share of the device's memory to use (above 0, to 1), or bytes (above 1)")
+    block_size: int = _setting(16, "tokens in a KV block: 16 or 32")
+    blocks: int | None = _setting(None, "KV blocks; none: as many as memory allows")
+    max_running: int = _setting(256, "most requests in one step")
+    token_budget: int | None = _setting(None, "most tokens in one step; none: 8192 on a GPU, 512 on a CPU")
+    lookahead: int = _setting(1, "plans sent before the results of earlier ones are back: 0, 1 or 2")
+    prefix_cache: bool = _setting(True, "reuse the KV blocks of equal prefixes")
+    tokenizers: int = _setting(1, "tokenizer processes")
+    detokenizers: int = _setting(1, "detokenizer processes")
+    placement: str = _setting("processes", "`processes`, or `threads`: every actor in this process, for debugging")
+    address: str | None = _setting(None, "where clients connect: ipc:// or tcp://127.0.0.1:PORT; none: a private ipc path")
+    directory: str | None = _setting(None, "folder of the engine's own sockets (mode 0700); none: a new one")
+    max_open: int = _setting(4096, "most open requests; more are refused with Overloaded")
+    max_queued_tokens: int = _setting(8_000_000, "most prompt tokens of open requests")
+    max_message: int = _setting(16 * 2**20, "largest message from a client, bytes")
+    lease: float = _setting(10.0, "a client silent for this long is gone")
+    window: int = _setting(64, "chunk messages that a client may leave unacknowledged")
+    drain_timeout: float = _setting(30.0, "longest wait for open requests when stopping")
+    stall_timeout: float = _setting(10.0, "an actor without a heartbeat for this long is stalled")
+    threads: int | None = _setting(None, "CPU threads of the executor; none: all cores")
+    seed: int = _setting(0, "of random weights, and of the seeds drawn for requests that name none")
+    log_level: str = _setting("info", "debug, info, warning or error")
+    log_file: str | None = _setting(None, "where JSON log lines go; none: standard error")
+
+    def __post_init__(self) -> None:
+        choices = {
+            "weights": ("auto", "random"),
+            "dtype": ("auto", "float32", "bfloat16", "float16"),
+            "device": ("auto", "cpu", "cuda"),
+            "executor": ("model", "mock"),
+            "block_size": (16, 32),
+            "lookahead": (0, 1, 2),
+            "placement": ("processes", "threads"),
+            "log_level": ("debug", "info", "warning", "error"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise _bad(name, getattr(self, name), "one of " + ", ".join(map(str, allowed)))
+        for name in ("max_running", "tokenizers", "detokenizers", "max_open", "max_queued_tokens", "max_message", "window"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise _bad(name, getattr(self, name), "an integer above 0")
+        for name in ("max_model_len", "blocks", "token_budget", "threads"):
+            if getattr(self, name) is not None and (not isinstance(getattr(self, name), int) or getattr(self, name) < 1):
+                raise _bad(name, getattr(self, name), "an integer above 0, or nothing")
+        for name in ("memory", "lease", "drain_timeout", "stall_timeout"):
+            if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
+                raise _bad(name, getattr(self, name), "a number above 0")
+        if self.address is not None and not self.address.startswith(("ipc://", "tcp://127.0.0.1:", "tcp://localhost:", "inproc://")):
+            raise _bad("address", self.address, "ipc://PATH or tcp://127.0.0.1:PORT (any other address needs keys)")
+
+    def to_wire(self) -> dict[str, Any]:
+        return {spec.name: getattr(self, spec.name) for spec in fields(self)}
+
+    @classmethod
+    def from_wire(cls, values: dict[str, Any]) -> Self:
+        known = {spec.name for spec in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise _bad(name, values[name], "one of the known settings: " + ", ".join(sorted(known)))
+        return cls(**values)
+
+
+def _bad(name: str, value: object, limit: str) -> Refusal:
+    return Refusal("invalid_request", f"{name}={value!r}: must be {limit}", field=name, value=repr(value)[:120], limit=limit)

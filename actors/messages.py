@@ -1,0 +1,334 @@
+"""Every message of the engine, in one place.
+
+Columns are little-endian buffers (`bytes`): one message a step whatever the number of rows. `handle` is the integer under which the
+gateway keeps a request (its high 32 bits are the gateway's incarnation), `attempt` counts how often it was handed over; a row is
+fresh only if both are current. Times are seconds; those that are points in time are on the machine's monotonic clock.
+
+    client  ══ Hello, Generate, Cancel, Renew, List, Status ══▶ gateway ══ Welcome, Accepted, Chunks, Failed, … ══▶ client
+    gateway ── Encode ──▶ tokenizer ── Encoded ──▶ gateway ── Submit, Abort ──▶ scheduler ── Begin ──▶ gateway
+    scheduler ── Step ──▶ executor ── StepDone ──▶ scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway
+    every actor ── Up, Ready, Heartbeat, Fault ──▶ supervisor ── Peers, Vitals, Drain, Stop ──▶ every actor
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .wire import Catalogue
+
+# ── between a client and the gateway: specified in clients/PROTOCOL.md ──────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A client introduces itself. `client` is its own unique id, kept across reconnects: requests belong to it. `name` is for people."""
+
+    client: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The engine is ready. `engine` changes with each gateway incarnation. A client sends something at least every `lease` seconds,
+    or its requests end. At most `window` `Chunks` may be unacknowledged."""
+
+    engine: str
+    model: dict[str, Any]
+    limits: dict[str, Any]
+    lease: float
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """One request. Exactly one of `prompt`, `messages` and `ids` (int32) is given, or `resume`. `request` is the client's own id, unique
+    among its open requests. `params` and `options` are the tables SamplingParams and PromptOptions. `deadline` and `queue_timeout`
+    are seconds from now. `resume` is what a former `Accepted` returned as `resolved`, with `received`: for each stream the ids (int32)
+    that the client already has."""
+
+    request: str
+    prompt: str | None
+    messages: tuple[Any, ...] | None
+    ids: bytes | None
+    params: dict[str, Any]
+    options: dict[str, Any]
+    adapter: str | None
+    priority: int
+    tenant: str
+    deadline: float | None
+    queue_timeout: float | None
+    resume: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The request is admitted. `streams` are the numbers under which its `n` samples appear in `Chunks`, on this connection."""
+
+    request: str
+    streams: tuple[int, ...]
+    resolved: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """News of any number of streams. Row i: `streams[i]` gained `counts[i]` tokens, which are the next `counts[i]` of `ids`, and
+    `texts[i]`. `details` are `[stream, tokens]`, for streams that asked for log-probabilities. `ends` are `[stream, reason, facts]`,
+    the last news of a stream; `done` are `[request, usage]`, the last of a request. `number` counts these messages from 1."""
+
+    number: int
+    streams: bytes
+    counts: bytes
+    ids: bytes
+    texts: tuple[str, ...]
+    details: tuple[Any, ...]
+    ends: tuple[Any, ...]
+    done: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request that ended, or never began, with an error; or, with no `request`, a message that was not understood."""
+
+    request: str | None
+    error: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End these requests of this client. Unknown ids are ignored: cancelling twice is harmless."""
+
+    requests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Renews the lease, and acknowledges all `Chunks` up to `received`."""
+
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    query: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The client's open requests, a map each: request, state, prompt_tokens, generated_tokens, age."""
+
+    query: int
+    requests: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    query: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    query: int
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The client leaves: its requests end now. From the gateway: the connection is not known there (any more); say Hello again."""
+
+
+TO_GATEWAY = Catalogue({1: Hello, 2: Generate, 3: Cancel, 4: Renew, 5: List, 6: Status, 7: Goodbye})
+TO_CLIENT = Catalogue({1: Welcome, 2: Accepted, 3: Chunks, 4: Failed, 5: Listing, 6: Report, 7: Goodbye})
+
+# ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """An actor listens at `address`."""
+
+    kind: str
+    index: int
+    incarnation: int
+    address: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An actor can do its job. `facts` are what others need to know of it, such as the model's vocabulary or the number of KV blocks."""
+
+    kind: str
+    index: int
+    incarnation: int
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Proof of progress: `progress` grows with the work done (steps, messages). `load` is for the status report."""
+
+    kind: str
+    index: int
+    incarnation: int
+    progress: int
+    load: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An actor cannot go on. `error` is a typed error; it exits right after."""
+
+    kind: str
+    index: int
+    incarnation: int
+    error: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Who is there: `[kind, index, incarnation, address, ready, facts]` each. Sent to all whenever it changes."""
+
+    peers: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """The supervisor's view, once a second, to the gateway for status reports: `[kind, index, incarnation, state, pid, progress, load]`."""
+
+    actors: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Let what is open finish, take nothing new. The gateway answers with `Ready(facts={"drained": True})` when nothing is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End now, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """To a tokenizer: turn `prompt` or `messages` into ids. `words` are bad words given as text."""
+
+    job: int
+    prompt: str | None
+    messages: tuple[Any, ...] | None
+    options: dict[str, Any]
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """`ids` int32; `words` one tuple of ids for each variant of each bad word; or an `error`."""
+
+    job: int
+    ids: bytes
+    words: tuple[Any, ...]
+    error: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """The value of a request, from `hand_over`. `sampler` is engine.request.Sampler as a map; `decode` is for the detokenizer and
+    passes through the scheduler unread. `prompt` and `generated` are int32."""
+
+    handle: int
+    attempt: int
+    prompt: bytes
+    generated: bytes
+    limit: int
+    sampler: dict[str, Any]
+    decode: dict[str, Any]
+    priority: int
+    tenant: str
+    salt: bytes
+    deadline: float | None
+    queue_timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End these requests (int64 handles), whatever their attempt."""
+
+    handles: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The scheduler holds nothing, or lost a peer it depends on: hand everything over (again)."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """engine.plan.StepPlan on the wire; `fills` are `[slot, prompt_tokens, sampler map, history]`."""
+
+    step: int
+    fills: tuple[Any, ...]
+    table_slots: bytes
+    table_columns: bytes
+    table_blocks: bytes
+    slots: bytes
+    starts: bytes
+    counts: bytes
+    decodes: int
+    samples: bytes
+    tokens: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """engine.plan.StepResult on the wire; log-probabilities are `[k + 1, rows, ids, values, ranks]`. `incarnation` is the executor's."""
+
+    incarnation: int
+    step: int
+    ids: bytes
+    logprobs: tuple[Any, ...] | None
+    prompt_logprobs: tuple[Any, ...] | None
+    error: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What one step produced for one detokenizer. `opens` are `[handle, attempt, decode map, prompt, generated]`, streams that begin;
+    then the rows: token `ids[i]` (int32) of `handles[i]` (int64) at `offsets[i]` (int32) of its generated tokens; then `ends`,
+    `[handle, attempt, reason, facts]`. `details` are `[row, token]`, `prompts` are `[handle, attempt, tokens]` (log-probabilities)."""
+
+    opens: tuple[Any, ...]
+    handles: bytes
+    attempts: bytes
+    offsets: bytes
+    ids: bytes
+    ends: tuple[Any, ...]
+    details: tuple[Any, ...]
+    prompts: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Text and ids that may be shown. Row i: `counts[i]` ids from `offsets[i]` on of `handles[i]`, and `texts[i]`. `echoes` are
+    `[handle, attempt, text]`, the prompt's text; `ends`, `details` and `prompts` as in `Emitted`, with handles for rows."""
+
+    handles: bytes
+    attempts: bytes
+    offsets: bytes
+    counts: bytes
+    ids: bytes
+    texts: tuple[str, ...]
+    ends: tuple[Any, ...]
+    details: tuple[Any, ...]
+    prompts: tuple[Any, ...]
+    echoes: tuple[Any, ...]
+
+
+INSIDE = Catalogue(
+    {
+        1: Up, 2: Ready, 3: Heartbeat, 4: Fault, 5: Peers, 6: Vitals, 7: Drain, 8: Stop,
+        20: Encode, 21: Encoded, 22: Submit, 23: Abort, 24: Begin, 25: Step, 26: StepDone, 27: Emitted, 28: Released,
+    }
+)  # fmt: skip
