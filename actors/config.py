@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from .errors import Refusal
+from penstock.actors.errors import Refusal
 
 
 def _setting(default: Any, help: str) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .wire import Catalogue
+from penstock.actors.wire import Catalogue
 
 # ── between a client and the gateway: specified in clients/PROTOCOL.md ──────────────────────────────────────────────────────────
 

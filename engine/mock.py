@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
-from .plan import StepPlan, StepResult
+from penstock.engine.plan import StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)

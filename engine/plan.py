@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from .request import Sampler
+from penstock.engine.request import Sampler
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -20,7 +19,8 @@ Float32 = npt.NDArray[np.float32]
 @dataclass(frozen=True, slots=True, eq=False)
 class Fill:
     """A slot gets a new occupant. `history` is every known token of it (prompt and generated), int32, of which `prompt_tokens` are
-    the prompt: the executor rebuilds penalty counts and the bad-words tail from it. Sent only where the sampler needs it, else empty."""
+    the prompt: the executor rebuilds penalty counts and the bad-words tail from it, and reads from it which prompt token follows a chunk when
+    prompt logprobs are wanted. Sent only where the sampler needs it, else empty."""
 
     slot: int
     prompt_tokens: int

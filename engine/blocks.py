@@ -1,0 +1,110 @@
+"""KV blocks: who holds each, and which token prefix each contains.
+
+A block holds the keys and values of `block_size` tokens. It is in one of three places:
+
+    held         referenced by one or more streams
+    cached       referenced by none, but its content is in the prefix index: reusable until it is evicted
+    free         content meaningless
+
+`held → cached → free` happens in O(1), least recently released first. The prefix index maps a *chained digest*, over the block's
+tokens and the digest of everything before them, to the block, so equal prefixes share blocks and different ones cannot be mistaken
+for each other (128-bit BLAKE2b: an attacker who chooses prompts cannot make them collide).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from hashlib import blake2b
+
+
+def root_digest(salt: bytes) -> bytes:
+    """The parent of a first block. `salt` separates whoever must not share: tenants, adapters."""
+    return blake2b(salt, digest_size=16, person=b"penstock-root").digest()
+
+
+def chain_digest(parent: bytes, tokens: bytes) -> bytes:
+    """Digest of a full block: `tokens` are its ids as bytes, `parent` the digest of the block before."""
+    return blake2b(parent + tokens, digest_size=16).digest()  # the parent has a fixed length, so this is unambiguous
+
+
+class BlockPool:
+    """Reference counts, the free list, and the prefix index."""
+
+    __slots__ = ("_block_of", "_cached", "_digest_of", "_free", "_references", "blocks")
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self._references = [0] * blocks
+        self._free = deque(range(blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest release first
+        self._digest_of: list[bytes | None] = [None] * blocks
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can still give, those it would evict included."""
+        return len(self._free) + len(self._cached)
+
+    def lookup(self, digest: bytes) -> int | None:
+        """The block with this content, if there is one. It may be held or cached."""
+        return self._block_of.get(digest)
+
+    def is_cached(self, block: int) -> bool:
+        """Whether holding this block would take it out of `available`."""
+        return self._references[block] == 0
+
+    def hold(self, block: int) -> None:
+        """One more reference to a block found by `lookup`."""
+        if self._references[block] == 0:
+            del self._cached[block]
+        self._references[block] += 1
+
+    def allocate(self) -> int | None:
+        """A block with one reference and meaningless content, or None if every block is held."""
+        if self._free:
+            block = self._free.popleft()
+        elif self._cached:
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+        else:
+            return None
+        self._references[block] = 1
+        return block
+
+    def release(self, blocks: list[int]) -> None:
+        """Give up one reference to each block of a stream, given in token order. The tail is released first, so that it is also
+        evicted first: a prefix is useful without its continuation, and never the other way round."""
+        for block in reversed(blocks):
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                if self._digest_of[block] is None:
+                    self._free.append(block)
+                else:
+                    self._cached[block] = None
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """The held `block` now has the content `digest`. If another block has it already, that one stays the one that is found."""
+        if self._digest_of[block] is None and digest not in self._block_of:
+            self._digest_of[block] = digest
+            self._block_of[digest] = block
+
+    def _forget(self, block: int) -> None:
+        digest = self._digest_of[block]
+        if digest is not None:
+            del self._block_of[digest]
+            self._digest_of[block] = None
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if the books do not balance. For tests, and for an idle engine."""
+        held = [block for block, count in enumerate(self._references) if count > 0]
+        everything = sorted([*held, *self._cached, *self._free])
+        if everything != list(range(self.blocks)):
+            raise RuntimeError(f"blocks are lost or double: {len(held)} held, {len(self._cached)} cached, {len(self._free)} free")
+        if min(self._references, default=0) < 0:
+            raise RuntimeError("a block was released more often than it was held")
+        for digest, block in self._block_of.items():
+            if self._digest_of[block] != digest:
+                raise RuntimeError(f"block {block} is indexed under a digest that is not its own")
+        for block in self._cached:
+            if self._digest_of[block] is None:
+                raise RuntimeError(f"block {block} is cached and cannot be found")
