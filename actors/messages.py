@@ -7,7 +7,7 @@ fresh only if both are current. Times are seconds; those that are points in time
     client  ══ Hello, Generate, Cancel, Renew, List, Status ══▶ gateway ══ Welcome, Accepted, Chunks, Failed, … ══▶ client
     gateway ── Encode ──▶ tokenizer ── Encoded ──▶ gateway ── Submit, Abort ──▶ scheduler ── Begin ──▶ gateway
     scheduler ── Step ──▶ executor ── StepDone ──▶ scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway
-    every actor ── Up, Ready, Heartbeat, Fault ──▶ supervisor ── Peers, Vitals, Drain, Stop ──▶ every actor
+    every actor ── Up, Ready, Heartbeat, Died ──▶ supervisor ── Peers, Vitals, Drain, Stop ──▶ every actor
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class Died:
     """An actor cannot go on. `error` is a typed error; it exits right after."""
 
     kind: str
@@ -265,8 +265,11 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """engine.plan.StepPlan on the wire; `fills` are `[slot, prompt_tokens, sampler map, history]`."""
+    """engine.plan.StepPlan on the wire; `fills` are `[slot, prompt_tokens, sampler map, history]`. `scheduler` and `executor` are the
+    incarnations that this plan is from and for."""
 
+    scheduler: int
+    executor: int
     step: int
     fills: tuple[Any, ...]
     table_slots: bytes
@@ -282,9 +285,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """engine.plan.StepResult on the wire; log-probabilities are `[k + 1, rows, ids, values, ranks]`. `incarnation` is the executor's."""
+    """engine.plan.StepResult on the wire; log-probabilities are `[k + 1, rows, ids, values, ranks]`."""
 
-    incarnation: int
+    scheduler: int
+    executor: int
     step: int
     ids: bytes
     logprobs: tuple[Any, ...] | None
@@ -328,7 +332,7 @@ class Released:
 
 INSIDE = Catalogue(
     {
-        1: Up, 2: Ready, 3: Heartbeat, 4: Fault, 5: Peers, 6: Vitals, 7: Drain, 8: Stop,
+        1: Up, 2: Ready, 3: Heartbeat, 4: Died, 5: Peers, 6: Vitals, 7: Drain, 8: Stop,
         20: Encode, 21: Encoded, 22: Submit, 23: Abort, 24: Begin, 25: Step, 26: StepDone, 27: Emitted, 28: Released,
     }
 )  # fmt: skip

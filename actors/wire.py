@@ -59,6 +59,12 @@ def _accepts(hint: Any) -> tuple[type, ...]:
     return (origin or hint,)
 
 
+def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda message: tuple(getattr(message, name) for name in names)  # attrgetter of one name gives no tuple
+
+
 class Catalogue:
     """The messages that may travel over one kind of socket, each under a number that is part of the protocol."""
 
@@ -68,9 +74,12 @@ class Catalogue:
         for tag, kind in messages.items():
             hints = typing.get_type_hints(kind)
             names = [spec.name for spec in fields(kind)]
-            values = attrgetter(*names) if len(names) > 1 else (lambda one: lambda m: (one(m),))(attrgetter(*names)) if names else lambda m: ()
-            layout = _Layout(tag, kind, values, tuple((name, _accepts(hints[name])) for name in names))
+            layout = _Layout(tag, kind, _getter(names), tuple((name, _accepts(hints[name])) for name in names))
             self._by_tag[tag] = self._by_type[kind] = layout  # type: ignore[index]
+
+    @property
+    def kinds(self) -> list[type[Any]]:
+        return list(self._by_type)
 
     def encode(self, message: Any) -> bytes:
         layout = self._by_type[type(message)]

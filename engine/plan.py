@@ -7,6 +7,7 @@ slot number: its input token may not even exist on the host yet, since plan N+1 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,8 @@ Float32 = npt.NDArray[np.float32]
 @dataclass(frozen=True, slots=True, eq=False)
 class Fill:
     """A slot gets a new occupant. `history` is every known token of it (prompt and generated), int32, of which `prompt_tokens` are
-    the prompt: the executor rebuilds penalty counts and the bad-words tail from it, and reads from it which prompt token follows a chunk when
-    prompt logprobs are wanted. Sent only where the sampler needs it, else empty."""
+    the prompt: the executor rebuilds penalty counts and the bad-words tail from it, and reads from it which prompt token follows a
+    chunk when prompt logprobs are wanted. Sent only where the sampler needs it, else empty."""
 
     slot: int
     prompt_tokens: int
@@ -72,3 +73,17 @@ class StepResult:
     prompt_logprobs: TopLogprobs | None = None  # `rows` repeats a row for each of its prompt tokens
     error: str | None = None
     seconds: float = 0.0  # time spent on the step by the executor
+
+
+class Pending(Protocol):
+    """A launched step."""
+
+    def result(self) -> StepResult:
+        """Wait for the step, and return what it sampled."""
+
+
+class StepRunner(Protocol):
+    """What runs plans, in the order they are given: a model on a device, or a mock."""
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start a step; return before it is done if the device allows it."""

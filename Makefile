@@ -1,0 +1,36 @@
+# make demo    install everything, start the engine, watch many clients stream from it
+# make test    install what is missing, check, test
+# make clean   remove what these made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# A torch that is there already and new enough is kept; without a GPU, the CPU build is taken.
+HAS_TORCH := $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); print(int((int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null)
+HAS_GPU := $(shell test -e /dev/nvidiactl && echo 1)
+VENV_FLAGS := $(if $(filter 1,$(HAS_TORCH)),--system-site-packages)
+CONSTRAINTS := $(if $(filter 1,$(HAS_TORCH) $(HAS_GPU)),,-c constraints-cpu.txt)
+
+.PHONY: demo test check install clean
+
+demo: install
+	$(BIN)/penstock demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: install
+	@mkdir -p .typing && ln -sfn .. .typing/penstock
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p penstock.actors -p penstock.engine -p penstock.clients
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

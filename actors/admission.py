@@ -1,0 +1,165 @@
+"""Admission: what is let in, and how it becomes a resolved value. The gateway's judgement, without its sockets."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.actors.actor import Peer, PeerKey
+from penstock.actors.config import EngineConfig
+from penstock.actors.errors import Fault, Refusal
+from penstock.actors.journal import Journal, OpenRequest
+from penstock.actors.messages import Encode, Encoded, Generate
+from penstock.actors.resolve import LONGEST_NAME, Model, resolve, resolved_from_wire
+from penstock.engine.params import InvalidParameter, PromptOptions, SamplingParams
+
+MOST_TRIES = 3  # tokenizers that may die on one request
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request at a tokenizer."""
+
+    number: int
+    request: OpenRequest
+    message: Generate
+    params: SamplingParams
+    options: PromptOptions
+    encode: Encode
+    tokenizer: tuple[int, int] | None = None  # index and incarnation of who has it
+    tries: int = 0
+
+
+class Admission:
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.jobs: dict[int, Job] = {}
+        self.received: dict[OpenRequest, list[array[int]]] = {}  # of requests that resume here for the first time
+        self._numbers = 0
+        self._random = random.Random()
+
+    def admit(self, request: OpenRequest, message: Generate, model: Model, journal: Journal, now: float) -> Job | None:
+        """Judge a request. Returns the tokenizer job that it needs, or None if it is resolved at once. Raises `Refusal`."""
+        if not 0 < len(message.request) <= LONGEST_NAME:
+            raise _bad("request", message.request, f"1 to {LONGEST_NAME} characters")
+        if len(message.tenant) > LONGEST_NAME:
+            raise _bad("tenant", message.tenant, f"at most {LONGEST_NAME} characters")
+        if not -(2**31) <= message.priority < 2**31:
+            raise _bad("priority", message.priority, "a 32-bit integer")
+        if message.adapter is not None:
+            raise Refusal("unknown_adapter", f"no adapter {message.adapter!r} is loaded", field="adapter", value=message.adapter[:120])
+        for name in ("deadline", "queue_timeout"):
+            seconds = getattr(message, name)
+            if seconds is not None and not 0 < seconds <= 1e9:
+                raise _bad(name, seconds, "seconds, above 0")
+        request.deadline = None if message.deadline is None else now + message.deadline
+        request.queue_timeout = None if message.queue_timeout is None else now + message.queue_timeout
+        given = [name for name in ("prompt", "messages", "ids", "resume") if getattr(message, name) is not None]
+        if len(given) != 1:
+            raise _bad("prompt", given, "exactly one of prompt, messages, ids and resume")
+        if message.resume is not None:
+            request.resolved = resolved_from_wire(message.resume, model)
+            self._limit(request, request.resolved.params.n, journal)
+            self.received[request] = self.received_ids(message.resume, request.resolved.params.n, model)
+            return None
+        try:
+            params, options = SamplingParams.from_wire(message.params), PromptOptions.from_wire(message.options)
+        except InvalidParameter as error:
+            raise Refusal("invalid_request", str(error), field=error.field, value=error.value, limit=error.limit) from error
+        self._limit(request, params.n, journal)
+        words = tuple(word for word in params.bad_words if isinstance(word, str))
+        if message.ids is not None and len(message.ids) % 4:
+            raise _bad("ids", f"{len(message.ids)} bytes", "little-endian 32-bit integers")
+        self._numbers += 1
+        encode = Encode(self._numbers, message.prompt, message.messages, options.to_wire(), words)
+        job = Job(self._numbers, request, message, params, options, encode)
+        if message.ids is not None and not words:
+            self.resolve(job, Encoded(job.number, b"", (), None), model)
+            return None
+        self.jobs[job.number] = job
+        return job
+
+    def _limit(self, request: OpenRequest, streams: int, journal: Journal) -> None:
+        waiting = len(journal.entries) + sum(job.params.n for job in self.jobs.values())
+        if waiting + streams > self.config.max_open or journal.prompt_tokens > self.config.max_queued_tokens:
+            raise Refusal(
+                "overloaded", f"{waiting} streams are open", limit=f"{self.config.max_open} streams", retry_after=1.0, value=str(waiting)
+            )
+
+    def received_ids(self, resume: Mapping[str, Any], streams: int, model: Model | None = None) -> list[array[int]]:
+        """What a client that resumes says it has of each stream. Raises `Refusal`."""
+        received = resume.get("received")
+        if not isinstance(received, list | tuple) or len(received) != streams:
+            raise _bad("resume.received", type(received).__name__, f"the ids of each of the {streams} streams")
+        result = []
+        for buffer in received:
+            if not isinstance(buffer, bytes) or len(buffer) % 4:
+                raise _bad("resume.received", type(buffer).__name__, "little-endian 32-bit integers")
+            ids = array("i", buffer)
+            if model is not None and any(not 0 <= token < model.vocab_size for token in ids):
+                raise _bad("resume.received", max(ids), f"ids from 0 to {model.vocab_size - 1}")
+            result.append(ids)
+        return result
+
+    # ── tokenizers ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def to_send(self, peers: Mapping[PeerKey, Peer]) -> Iterator[tuple[int, Encode]]:
+        """Jobs that no tokenizer has, each with the index of one that is ready, the least busy first."""
+        waiting = [job for job in self.jobs.values() if job.tokenizer is None]
+        if not waiting:
+            return
+        ready = {key[1]: peer for key, peer in peers.items() if peer.kind == "tokenizer" and peer.ready}
+        busy = dict.fromkeys(ready, 0)
+        for job in self.jobs.values():
+            if job.tokenizer is not None and job.tokenizer[0] in busy:
+                busy[job.tokenizer[0]] += 1
+        for job in waiting if ready else ():
+            index = min(busy, key=lambda candidate: (busy[candidate], candidate))
+            busy[index] += 1
+            job.tokenizer, job.tries = (index, ready[index].incarnation), job.tries + 1
+            yield index, job.encode
+
+    def reassign(self, peers: Mapping[PeerKey, Peer]) -> list[Job]:
+        """Take jobs back from tokenizers that died. Returns those that were tried too often, which are given up."""
+        alive = {(key[1], peer.incarnation) for key, peer in peers.items() if peer.kind == "tokenizer"}
+        given_up = []
+        for job in list(self.jobs.values()):
+            if job.tokenizer is not None and job.tokenizer not in alive:
+                job.tokenizer = None
+                if job.tries >= MOST_TRIES:
+                    given_up.append(self.jobs.pop(job.number))
+        return given_up
+
+    def done(self, message: Encoded) -> Job | None:
+        return self.jobs.pop(message.job, None)
+
+    def forget(self, request: OpenRequest) -> None:
+        self.received.pop(request, None)
+        for number in [number for number, job in self.jobs.items() if job.request is request]:
+            del self.jobs[number]
+
+    def resolve(self, job: Job, encoded: Encoded, model: Model) -> None:
+        """The tokenizer's answer makes the value whole. Raises `Refusal`."""
+        if encoded.error is not None:
+            error = Fault.from_wire(encoded.error)
+            raise Refusal(error.code, error.message, field=error.field, value=error.value, limit=error.limit, actor=error.actor)
+        words = [word for word in job.params.bad_words if isinstance(word, tuple)]
+        words += [tuple(variant) for variants in encoded.words for variant in variants]
+        job.request.resolved = resolve(
+            job.params,
+            job.message.ids if job.message.ids is not None else encoded.ids,
+            tuple(dict.fromkeys(words)),
+            model,
+            adapter=None,
+            priority=job.message.priority,
+            tenant=job.message.tenant,
+            seed=self._random.getrandbits(63),
+            truncate=job.options.truncate if job.message.ids is not None else None,
+        )
+
+
+def _bad(name: str, value: object, limit: str) -> Refusal:
+    return Refusal("invalid_request", f"{name}={str(value)[:120]!r}: must be {limit}", field=name, value=str(value)[:120], limit=limit)

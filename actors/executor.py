@@ -1,0 +1,99 @@
+"""The executor actor: plans in, sampled ids out. It alone opens the device."""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+from typing import Any
+
+import zmq
+from penstock.actors.actor import SCHEDULER, Actor, Peer, PeerKey
+from penstock.actors.columns import done_from_result, plan_from_step
+from penstock.actors.config import EngineConfig
+from penstock.actors.errors import Refusal
+from penstock.actors.mailbox import open_outbox
+from penstock.actors.messages import INSIDE, Step
+from penstock.engine.model.spec import ModelError
+from penstock.engine.plan import Pending, StepRunner
+
+
+class ExecutorActor(Actor):
+    kind = "executor"
+    scheduler = 0  # incarnation of the scheduler whose plans are taken
+    results: Results | None = None
+
+    def start(self) -> dict[str, Any]:
+        self.handlers[Step] = self._step
+        self.runner, facts = self._open_runner()
+        if facts["device"] == "cuda":
+            self.results = Results(self.context)
+        return facts
+
+    def _open_runner(self) -> tuple[StepRunner, dict[str, Any]]:
+        # Imported here: a model takes seconds to import, and a mock does without.
+        if self.config.executor == "mock":
+            from penstock.engine.open import open_mock as opened
+        else:
+            from penstock.engine.open import open_model as opened
+        try:
+            return opened(**opening(self.config))
+        except ModelError as error:
+            raise Refusal(error.code, str(error), field="model", value=self.config.model, actor=self.kind) from error
+
+    def met(self, before: dict[PeerKey, Peer]) -> None:
+        scheduler = self.peers.get(SCHEDULER)
+        if scheduler is not None and scheduler.incarnation > self.scheduler:
+            self.scheduler = scheduler.incarnation
+
+    def _step(self, step: Step) -> None:
+        if step.executor != self.post.incarnation or step.scheduler < self.scheduler:
+            return  # from a scheduler that is no more
+        self.scheduler = step.scheduler
+        pending = self.runner.launch(plan_from_step(step))
+        if self.results is not None:
+            self.results.put(self.peers[SCHEDULER].address, step, pending)
+        else:
+            self.mail.send(SCHEDULER, done_from_result(pending.result(), step.scheduler, step.executor))
+
+    def finish(self) -> None:
+        if self.results is not None:
+            self.results.close()
+
+
+class Results:
+    """A thread that waits for each step's results in turn and sends them, while the main thread launches the next step."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._context = context
+        self._queue: SimpleQueue[tuple[str, Step, Pending] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="results", daemon=True)
+        self._thread.start()
+
+    def put(self, address: str, step: Step, pending: Pending) -> None:
+        self._queue.put((address, step, pending))
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        address, outbox = "", None
+        while (item := self._queue.get()) is not None:
+            target, step, pending = item
+            done = done_from_result(pending.result(), step.scheduler, step.executor)
+            if target != address or outbox is None:
+                if outbox is not None:
+                    outbox.close(linger=0)
+                address, outbox = target, open_outbox(self._context, target)
+            outbox.send(INSIDE.encode(done), zmq.NOBLOCK)
+        if outbox is not None:
+            outbox.close(linger=0)
+
+
+def opening(config: EngineConfig) -> dict[str, Any]:
+    """The settings that concern the engine proper, by the names that `engine.open` gives them."""
+    names = (
+        "model", "weights", "dtype", "device", "max_model_len", "memory", "block_size", "blocks", "max_running", "token_budget",
+        "lookahead", "threads", "seed",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,409 @@
+"""The gateway: the one door. It admits, journals, hands over, and is the only one who tells a client that something ended.
+
+The one function that everything hangs on is `hand_over`: it raises a stream's attempt, then reads the journal, and gives the value to
+the scheduler. The first submission, a restarted executor, a lost row and a resumed client are all the same call. A row that comes back
+counts only if its attempt is current and its offset equals the journal's length; a later offset is a gap, and hands over again.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from typing import Any
+
+from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
+from penstock.actors.admission import Admission
+from penstock.actors.columns import sampler_to_wire
+from penstock.actors.door import Door
+from penstock.actors.errors import Fault, Refusal
+from penstock.actors.journal import Entry, Journal, OpenRequest
+from penstock.actors.messages import (
+    Abort,
+    Accepted,
+    Begin,
+    Cancel,
+    Drain,
+    Encoded,
+    Failed,
+    Generate,
+    Goodbye,
+    Hello,
+    List,
+    Listing,
+    Ready,
+    Released,
+    Renew,
+    Report,
+    Status,
+    Submit,
+    Vitals,
+    Welcome,
+)  # fmt: skip
+from penstock.actors.resolve import Model, Resolved
+from penstock.actors.sessions import Session, Sessions
+from penstock.actors.wire import WireError
+
+MOST_FRUITLESS = 5  # attempts in a row of one stream that brought no token: the request itself is at fault
+
+
+class GatewayActor(Actor):
+    kind = "gateway"
+
+    def start(self) -> dict[str, Any]:
+        self.door = Door(self.context, self.config.address or "", self.config.max_message)
+        self.mail.watch(self.door.socket)
+        self.sessions = Sessions()
+        self.journal = Journal(self.post.incarnation)
+        self.admission = Admission(self.config)
+        self.model: Model | None = None
+        self.scheduler = 0  # incarnation that said Begin
+        self.hellos: dict[bytes, Hello] = {}  # clients that came before the engine was ready
+        self.draining = False
+        self.opened = False
+        self.vitals: tuple[Any, ...] = ()
+        self.totals = {"requests": 0, "finished": 0, "failed": 0, "generated_tokens": 0, "prompt_tokens": 0, "chunks": 0, "hand_overs": 0}
+        self.handlers |= {
+            Encoded: self._encoded, Released: self._released, Begin: self._begin, Drain: self._drain, Vitals: self._keep_vitals,
+        }  # fmt: skip
+        self.calls = {
+            Generate: self._generate, Cancel: self._cancel, Renew: lambda session, message: session.acknowledge(message.received),
+            List: self._list, Status: self._status, Goodbye: lambda session, _: self._leave(session),
+        }  # fmt: skip
+        return {}
+
+    def finish(self) -> None:
+        if hasattr(self, "door"):
+            self.door.close()
+
+    # ── becoming ready ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def met(self, before: dict[PeerKey, Peer]) -> None:
+        executor, tokenizer = self.peers.get(("executor", 0)), self.peers.get(("tokenizer", 0))
+        if self.model is None and executor is not None and executor.ready and tokenizer is not None and tokenizer.ready:
+            self.model = Model.from_facts(executor.facts, tokenizer.facts)
+        for job in self.admission.reassign(self.peers):
+            self._fail(job.request, Fault(code="engine_fault", message="the tokenizer died on this request", actor="tokenizer"))
+        self._send_encodes()
+        self._open()
+
+    def _begin(self, message: Begin) -> None:
+        self.scheduler = message.incarnation
+        for entry in list(self.journal.entries.values()):
+            self.hand_over(entry)
+        self._open()
+
+    def _open(self) -> None:
+        if self.opened or self.model is None or not self.scheduler:
+            return
+        self.opened = True
+        self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"open": True}))
+        now = time.monotonic()
+        for identity, hello in self.hellos.items():
+            self._welcome(identity, hello, now)
+        self.hellos.clear()
+
+    # ── the door ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def after(self) -> None:
+        now = time.monotonic()
+        for identity, frame in self.door.receive():
+            self.progress += 1
+            self._call(identity, frame, now)
+        self._send_encodes()
+        for session in self.sessions:
+            if session.may_send(self.config.window):
+                self.totals["chunks"] += 1
+                self.door.send(session.identity, session.chunks(now))
+            elif now - session.seen > self.config.lease:
+                self.log.info("lease expired", client=session.client, requests=len(session.requests))
+                self._leave(session)
+        if self.draining and not self.journal.entries and not self.admission.jobs:
+            self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
+
+    def wake_in(self) -> float:
+        return min(HEARTBEAT_S, self.config.lease / 2)
+
+    def _call(self, identity: bytes, frame: bytes | WireError, now: float) -> None:
+        session = self.sessions.find(identity)
+        if session is not None:
+            session.seen = now
+        try:
+            message = self.door.decode(frame)
+            if isinstance(message, Hello):
+                self._hello(identity, message, now)
+            elif session is None:
+                self.door.send(identity, Goodbye())
+            else:
+                self.calls[type(message)](session, message)
+        except WireError as error:
+            self.door.send(identity, Failed(None, Fault(code=error.code, message=str(error)).to_wire()))
+
+    def _hello(self, identity: bytes, hello: Hello, now: float) -> None:
+        if not 0 < len(hello.client) <= 64 or len(hello.name) > 256:
+            raise WireError("malformed", "Hello.client must have 1 to 64 characters, Hello.name at most 256")
+        if self.opened:
+            self._welcome(identity, hello, now)
+        elif len(self.hellos) < 4096:
+            self.hellos[identity] = hello
+
+    def _welcome(self, identity: bytes, hello: Hello, now: float) -> None:
+        self.sessions.meet(hello.client, hello.name, identity, now)
+        limits = {"message": self.config.max_message, "open": self.config.max_open}
+        model = self.model
+        facts = {"name": model.name, "digest": model.digest, "tokenizer": model.tokenizer, "vocab_size": model.vocab_size,
+                 "max_model_len": model.max_model_len, "eos": model.eos} if model is not None else {}  # fmt: skip
+        self.door.send(identity, Welcome(f"{self.post.incarnation}", facts, limits, self.config.lease, self.config.window))
+
+    def _leave(self, session: Session) -> None:
+        for request in list(session.requests.values()):
+            self._drop(request)
+        self.sessions.forget(session)
+
+    # ── requests ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _generate(self, session: Session, message: Generate) -> None:
+        now = time.monotonic()
+        try:
+            known = session.requests.get(message.request)
+            if message.resume is not None and known is not None and known.entries and not known.attached:
+                self._reattach(session, known, message.resume)
+                return
+            if known is not None and (known.told is None or not known.attached):
+                raise Refusal(
+                    "duplicate_request", f"the client has an open request {message.request!r}", field="request", value=message.request[:120]
+                )
+            if self.model is None or self.draining:
+                code = "draining" if self.draining else "unavailable"
+                raise Refusal(code, "the engine takes no new requests now", retry_after=1.0)
+            request = OpenRequest(message.request, session, now)
+            job = self.admission.admit(request, message, self.model, self.journal, now)
+        except Refusal as refusal:
+            self.totals["failed"] += 1
+            self.door.send(session.identity, Failed(message.request, refusal.fault.to_wire()))
+            return
+        self.totals["requests"] += 1
+        session.requests[request.id] = request
+        if job is None:
+            self._accept(request)
+
+    def _send_encodes(self) -> None:
+        for index, encode in self.admission.to_send(self.peers):
+            self.mail.send(("tokenizer", index), encode)
+
+    def _encoded(self, message: Encoded) -> None:
+        job = self.admission.done(message)
+        if job is None or job.request.session.requests.get(job.request.id) is not job.request or self.model is None:
+            return  # cancelled meanwhile
+        try:
+            self.admission.resolve(job, message, self.model)
+        except Refusal as refusal:
+            self._fail(job.request, refusal.fault)
+            return
+        self._accept(job.request)
+
+    def _accept(self, request: OpenRequest) -> None:
+        """The request is resolved: journal it, tell its client, hand it over."""
+        resolved = request.resolved
+        if resolved is None or self.model is None:
+            raise RuntimeError("accepted before it was resolved")
+        request.tokenized = time.monotonic()
+        received = self.admission.received.pop(request, None) or [array("i") for _ in range(resolved.params.n)]
+        request.entries = [self.journal.open(request, child, ids) for child, ids in enumerate(received)]
+        self.totals["prompt_tokens"] += resolved.prompt_tokens
+        self._attach(request)
+        for entry in request.entries:
+            reason = _complete(entry, resolved, self.model)
+            if reason is not None:
+                self._end(entry, reason, {})
+            elif self.scheduler:
+                self.hand_over(entry)
+
+    def _attach(self, request: OpenRequest) -> None:
+        """Number the streams of a request on its client's connection, and tell it."""
+        session = request.session
+        request.attached = True
+        for entry in request.entries:
+            session.streams += 1
+            entry.stream = session.streams
+        resolved = request.resolved.to_wire() if request.resolved is not None else {}
+        self.door.send(session.identity, Accepted(request.id, tuple(entry.stream for entry in request.entries), resolved))
+
+    def _reattach(self, session: Session, request: OpenRequest, resume: dict[str, Any]) -> None:
+        """A client is back on a new connection: go on where it says it is."""
+        received = self.admission.received_ids(resume, len(request.entries))
+        if not all(entry.rewind(ids) for entry, ids in zip(request.entries, received, strict=True)):
+            raise Refusal("invalid_request", "the received ids are not those of this request", field="resume.received")
+        self._attach(request)
+        for entry in request.entries:
+            session.mark(entry)
+
+    def hand_over(self, entry: Entry) -> None:
+        """Give a stream's value to the scheduler, as it stands in the journal. Rows of earlier attempts no longer count."""
+        entry.attempt += 1
+        entry.fruitless = entry.fruitless + 1 if len(entry.ids) == entry.mark else 1
+        entry.mark = len(entry.ids)
+        if entry.fruitless > MOST_FRUITLESS:
+            self._fail(entry.request, Fault(code="engine_fault", message=f"{MOST_FRUITLESS} attempts in a row failed", actor="executor"))
+            return
+        resolved = entry.request.resolved
+        if resolved is None or self.model is None:
+            raise RuntimeError("handed over before it was resolved")
+        params = resolved.params
+        decode = {"stop": params.stop, "skip_special_tokens": params.skip_special_tokens}
+        if params.echo:
+            decode["echo"] = entry.base == 0 and not entry.counts
+        self.totals["hand_overs"] += entry.attempt > 1
+        self.mail.send(
+            SCHEDULER,
+            Submit(
+                entry.handle, entry.attempt, resolved.prompt, entry.ids.tobytes(), resolved.limit,
+                sampler_to_wire(resolved.sampler(entry.child, self.model.eos)), decode, resolved.priority, resolved.tenant, b"",
+                entry.request.deadline, entry.request.queue_timeout if not entry.ids else None,
+            ),
+        )  # fmt: skip
+
+    def _cancel(self, session: Session, message: Cancel) -> None:
+        for name in message.requests:
+            request = session.requests.get(name) if isinstance(name, str) else None
+            if request is None:
+                continue
+            if not request.entries:  # still being tokenized
+                self.admission.forget(request)
+                self._fail(request, Fault(code="not_found", message="cancelled before it began", retryable=False))
+            for entry in request.entries:
+                if entry.ended is None:
+                    self._abort(entry)
+                    self._end(entry, "cancelled", {})
+
+    # ── what comes back ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _released(self, message: Released) -> None:
+        entries = self.journal.entries
+        handles = memoryview(message.handles).cast("q").tolist()
+        attempts = memoryview(message.attempts).cast("i").tolist()
+        offsets = memoryview(message.offsets).cast("i").tolist()
+        counts = memoryview(message.counts).cast("i").tolist()
+        ids = array("i", message.ids)
+        at = 0
+        gaps: list[Entry] = []
+        for handle, attempt, offset, count, text in zip(handles, attempts, offsets, counts, message.texts, strict=True):
+            begin, at = at, at + count
+            entry = entries.get(handle)
+            if entry is None or entry.attempt != attempt:
+                continue
+            if offset != len(entry.ids):
+                if offset > len(entry.ids):
+                    gaps.append(entry)
+                continue
+            entry.release(count, ids[begin:at], text)
+            entry.request.session.mark(entry)
+        self.totals["generated_tokens"] += len(ids)
+        for kind, rows in (("prompt", message.prompts), ("token", message.details)):
+            for handle, attempt, tokens in rows:
+                entry = entries.get(handle)
+                if entry is not None and entry.attempt == attempt:
+                    entry.details.append((entry.stream, "prompt", tokens) if kind == "prompt" else (entry.stream, tokens))
+                    entry.request.session.mark(entry)
+        for handle, attempt, reason, facts in message.ends:
+            entry = entries.get(handle)
+            if entry is not None and entry.attempt == attempt and entry not in gaps:
+                if facts.get("generated", len(entry.ids)) != len(entry.ids):
+                    gaps.append(entry)  # the last rows of the stream were lost
+                elif reason == "error":
+                    self._fail(entry.request, Fault(code="engine_fault", message=facts.get("error", ""), actor=facts.get("actor")))
+                else:
+                    self._end(entry, reason, facts)
+        for entry in gaps:
+            self.hand_over(entry)
+
+    def _end(self, entry: Entry, reason: str, facts: dict[str, Any]) -> None:
+        entry.ended = reason, facts
+        self.journal.close(entry)
+        entry.request.session.mark(entry)
+        if entry.request.ended:
+            self.totals["finished"] += 1
+
+    def _fail(self, request: OpenRequest, fault: Fault) -> None:
+        """The other kind of terminal: an error."""
+        self.totals["failed"] += 1
+        session = request.session
+        self._drop(request)
+        if request.attached:
+            self.door.send(session.identity, Failed(request.id, fault.to_wire()))
+
+    def _drop(self, request: OpenRequest) -> None:
+        """Forget a request, whatever it is doing."""
+        self.admission.forget(request)
+        for entry in request.entries:
+            if entry.ended is None:
+                self._abort(entry)
+                self.journal.close(entry)
+            request.session.dirty.pop(entry.handle, None)
+        if request.session.requests.get(request.id) is request:
+            del request.session.requests[request.id]
+
+    def _abort(self, entry: Entry) -> None:
+        self.mail.send(SCHEDULER, Abort(array("q", [entry.handle]).tobytes()))
+
+    # ── the rest ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _drain(self, _: Drain) -> None:
+        self.draining = True
+
+    def _keep_vitals(self, message: Vitals) -> None:
+        self.vitals = message.actors
+
+    def _list(self, session: Session, message: List) -> None:
+        now = time.monotonic()
+        rows = [
+            {
+                "request": request.id,
+                "state": "tokenizing" if not request.entries else "ended" if request.ended else "open",
+                "prompt_tokens": request.resolved.prompt_tokens if request.resolved is not None else 0,
+                "generated_tokens": sum(len(entry.ids) for entry in request.entries),
+                "age": now - request.arrived,
+            }
+            for request in session.requests.values()
+            if request.told is None
+        ]
+        self.door.send(session.identity, Listing(message.query, tuple(rows)))
+
+    def _status(self, session: Session, message: Status) -> None:
+        loads = {row[0]: row[6] for row in self.vitals}
+        scheduler = dict(loads.get("scheduler", {}))
+        if scheduler.get("steps"):
+            scheduler["batch_mean"] = scheduler["rows"] / scheduler["steps"]
+        model = self.model
+        report = {
+            "state": "draining" if self.draining else "ready" if self.opened else "starting",
+            "model": {"name": model.name, "digest": model.digest, "max_model_len": model.max_model_len} if model is not None else {},
+            "requests": {
+                "open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs),
+                **{name: self.totals[name] for name in ("finished", "failed")},
+                "total": self.totals["requests"],
+            },
+            "tokens": {"generated": self.totals["generated_tokens"], "prompt": self.totals["prompt_tokens"]},
+            "clients": len(self.sessions),
+            "chunks": self.totals["chunks"],
+            "hand_overs": self.totals["hand_overs"],
+            "scheduler": scheduler,
+            "actors": [
+                {"kind": kind, "index": index, "incarnation": incarnation, "state": state, "pid": pid, "progress": progress}
+                for kind, index, incarnation, state, pid, progress, _ in self.vitals
+            ],
+        }
+        self.door.send(session.identity, Report(message.query, report))
+
+    def load(self) -> dict[str, Any]:
+        return {"clients": len(self.sessions), "open": len(self.journal.entries)}
+
+
+def _complete(entry: Entry, resolved: Resolved, model: Model) -> str | None:
+    """Why a stream that a client brought along is at its end already, if it is."""
+    if len(entry.ids) >= resolved.limit:
+        return "length"
+    if entry.ids and entry.ids[-1] in resolved.sampler(entry.child, model.eos).stop_ids:
+        return "stop"
+    return None
+
+

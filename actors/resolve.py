@@ -1,0 +1,209 @@
+"""From what a client asked to what will be run: every default filled in, every id checked, nothing left to chance.
+
+The resolved value goes back to the client in `Accepted`. With it and the ids released so far, any engine of the same digests can
+carry on, whatever happened to this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from penstock.actors.columns import int32
+from penstock.actors.errors import Refusal
+from penstock.engine.params import InvalidParameter, SamplingParams
+from penstock.engine.request import BadWords, Sampler
+
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+LONGEST_NAME = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What admission needs to know of the model that runs. Sizes in tokens."""
+
+    name: str
+    digest: str
+    tokenizer: str  # digest
+    vocab_size: int
+    max_model_len: int
+    capacity: int  # tokens that all KV blocks hold together
+    eos: tuple[int, ...]
+    defaults: Mapping[str, Any]  # of generation_config
+
+    @classmethod
+    def from_facts(cls, executor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Self:
+        return cls(
+            name=executor["name"],
+            digest=executor["digest"],
+            tokenizer=tokenizer["digest"],
+            vocab_size=executor["vocab_size"],
+            max_model_len=executor["max_model_len"],
+            capacity=executor["blocks"] * executor["block_size"],
+            eos=tuple(executor["eos"]),
+            defaults=executor["defaults"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """The value of a request, but for the tokens generated so far. `prompt` is int32; `params` has no open default."""
+
+    model: str
+    tokenizer: str
+    adapter: str | None
+    prompt: bytes
+    params: SamplingParams
+    words: BadWords
+    priority: int
+    tenant: str
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "model": self.model, "tokenizer": self.tokenizer, "adapter": self.adapter, "prompt": self.prompt,
+            "params": self.params.to_wire(), "words": self.words, "priority": self.priority, "tenant": self.tenant,
+        }  # fmt: skip
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt) // 4
+
+    @property
+    def limit(self) -> int:
+        if self.params.max_tokens is None:
+            raise ValueError("not resolved")
+        return self.params.max_tokens
+
+    def sampler(self, child: int, eos: tuple[int, ...]) -> Sampler:
+        """For the `child`th of `n` samples: the same, with a seed of its own."""
+        params = self.params
+        stops = params.stop_token_ids if params.ignore_eos else (*eos, *params.stop_token_ids)
+        return Sampler(
+            temperature=params.temperature or 0.0,
+            top_k=params.top_k or 0,
+            top_p=1.0 if params.top_p is None else params.top_p,
+            min_p=params.min_p or 0.0,
+            repetition_penalty=params.repetition_penalty or 1.0,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=params.logit_bias,
+            allowed_tokens=params.allowed_tokens,
+            bad_words=self.words,
+            seed=child_seed(params.seed or 0, child),
+            min_tokens=params.min_tokens,
+            stop_ids=tuple(dict.fromkeys(stops)),
+            logprobs=-1 if params.logprobs is None else params.logprobs,
+            prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+        )
+
+
+def resolve(
+    params: SamplingParams,
+    prompt: bytes,
+    words: BadWords,
+    model: Model,
+    *,
+    adapter: str | None,
+    priority: int,
+    tenant: str,
+    seed: int,
+    truncate: int | None = None,
+) -> Resolved:
+    """Fill in every default and check every id. `seed` is used if the request names none. Raises `Refusal`."""
+    ids = int32(prompt)
+    if truncate is not None:
+        ids = ids[-truncate:]
+    check_prompt(ids, model)
+    room = min(model.max_model_len, model.capacity + 1) - len(ids)
+    defaults = {name: model.defaults.get(name, neutral) for name, neutral in NEUTRAL.items() if getattr(params, name) is None}
+    most = room if params.max_tokens is None else min(params.max_tokens, room)
+    filled = replace(
+        params, **defaults, seed=seed if params.seed is None else params.seed, max_tokens=most, min_tokens=min(params.min_tokens, most)
+    )
+    return check(
+        Resolved(
+            model=model.digest, tokenizer=model.tokenizer, adapter=adapter, prompt=ids.tobytes(), params=filled, words=words,
+            priority=priority, tenant=tenant,
+        ),
+        model,
+    )  # fmt: skip
+
+
+def resolved_from_wire(values: object, model: Model) -> Resolved:
+    """A resolved value that a client brings back, believed no more than any other input. Raises `Refusal`."""
+    if not isinstance(values, Mapping):
+        raise Refusal("invalid_request", "resume must be a map", field="resume", limit="what Accepted returned")
+    for name, mine in (("model", model.digest), ("tokenizer", model.tokenizer)):
+        if values.get(name) != mine:
+            raise Refusal(
+                "digest_mismatch", f"the request was begun on another {name}: its digest is {values.get(name)!r}, here it is {mine!r}",
+                field=f"resume.{name}", value=str(values.get(name))[:120], limit=mine,
+            )  # fmt: skip
+    prompt, words, priority, tenant = values.get("prompt"), values.get("words"), values.get("priority"), values.get("tenant")
+    if not isinstance(prompt, bytes) or len(prompt) % 4 or not isinstance(words, list | tuple) or not isinstance(priority, int):
+        raise Refusal("invalid_request", "resume is not what Accepted returned", field="resume", limit="what Accepted returned")
+    if not isinstance(tenant, str) or values.get("adapter") is not None:
+        raise Refusal("invalid_request", "resume is not what Accepted returned", field="resume", limit="what Accepted returned")
+    try:
+        params = SamplingParams.from_wire(values.get("params"))
+        checked = SamplingParams(bad_words=tuple(tuple(word) for word in words)).bad_words
+    except (InvalidParameter, TypeError) as error:
+        raise Refusal("invalid_request", f"resume: {error}", field="resume.params", limit="what Accepted returned") from error
+    if params.max_tokens is None or params.seed is None or any(getattr(params, name) is None for name in NEUTRAL):
+        raise Refusal("invalid_request", "resume has open defaults", field="resume.params", limit="what Accepted returned")
+    check_prompt(int32(prompt), model)
+    resolved = Resolved(
+        model=model.digest, tokenizer=model.tokenizer, adapter=None, prompt=prompt, params=params,
+        words=tuple(word for word in checked if isinstance(word, tuple)), priority=priority, tenant=tenant,
+    )  # fmt: skip
+    return check(resolved, model)
+
+
+def check_prompt(ids: np.ndarray[Any, np.dtype[np.int32]], model: Model) -> None:
+    """Raise `Refusal` for a prompt that is empty, has unknown ids, or can never run."""
+    if not len(ids):
+        raise Refusal("invalid_request", "the prompt is empty", field="prompt", value="", limit="at least 1 token")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= model.vocab_size:
+        raise Refusal(
+            "invalid_request", f"the prompt has the id {low if low < 0 else high}: the vocabulary has ids 0 to {model.vocab_size - 1}",
+            field="ids", value=str(low if low < 0 else high), limit=f"0 to {model.vocab_size - 1}",
+        )  # fmt: skip
+    most = min(model.max_model_len - 1, model.capacity)
+    if len(ids) > most:
+        what = "the model's context" if most == model.max_model_len - 1 else "the KV cache"
+        raise Refusal(
+            "prompt_too_long", f"the prompt has {len(ids)} tokens: {what} has room for {most}", field="prompt", value=str(len(ids)),
+            limit=f"{most} tokens",
+        )  # fmt: skip
+
+
+def check(resolved: Resolved, model: Model) -> Resolved:
+    """Raise `Refusal` for a token id outside the vocabulary in any parameter."""
+    params = resolved.params
+    for name, ids in (
+        ("logit_bias", [pair[0] for pair in params.logit_bias]),
+        ("allowed_tokens", params.allowed_tokens),
+        ("stop_token_ids", params.stop_token_ids),
+        ("bad_words", [token for word in resolved.words for token in word]),
+    ):
+        for token in ids:
+            if token >= model.vocab_size:
+                raise Refusal(
+                    "invalid_request", f"{name} has the id {token}: the vocabulary has ids 0 to {model.vocab_size - 1}", field=name,
+                    value=str(token), limit=f"0 to {model.vocab_size - 1}",
+                )  # fmt: skip
+    return resolved
+
+
+def child_seed(seed: int, child: int) -> int:
+    """The seed of a request's `child`th sample; the first has the request's own. The mixer is SplitMix64 (Steele et al., 2014)."""
+    if child == 0:
+        return seed
+    mask = 2**64 - 1
+    z = (seed + child * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 1

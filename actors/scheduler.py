@@ -1,0 +1,174 @@
+"""The scheduler actor: requests in, plans out, results in, tokens out. All decisions are engine.scheduler's."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import asdict
+from typing import Any
+
+from penstock.actors.actor import EXECUTOR, GATEWAY, HEARTBEAT_S, Actor, Peer, PeerKey
+from penstock.actors.columns import int64, request_from, result_from_done, step_from_plan, token_rows
+from penstock.actors.messages import Abort, Begin, Emitted, StepDone, Submit
+from penstock.engine.request import Request
+from penstock.engine.scheduler import Commit, Ended, Scheduler, SchedulerConfig
+
+
+class SchedulerActor(Actor):
+    """Holds no secrets: everything here can be lost. Whenever it holds nothing, or a peer that it depends on was replaced, it says
+    `Begin`, and the gateway hands over every open request again."""
+
+    kind = "scheduler"
+
+    def start(self) -> dict[str, Any]:
+        self.scheduler: Scheduler | None = None
+        self.executor = 0  # incarnation
+        self.opens: list[tuple[Any, ...]] = []  # streams that the detokenizers must be told of
+        self.commits: deque[Commit] = deque()
+        self.crew: set[int] = set()  # incarnations of the peers that streams depend on, as of the last Begin
+        self.step_seconds = 0.0
+        self.handlers |= {Submit: self._submit, Abort: self._abort, StepDone: self._commit}
+        return {}
+
+    def met(self, before: dict[PeerKey, Peer]) -> None:
+        executor = self.peers.get(EXECUTOR)
+        if executor is not None and executor.ready and executor.incarnation != self.executor:
+            self.executor = executor.incarnation
+            self.scheduler = self._new_scheduler(executor.facts)
+            self.opens.clear()
+            self.commits.clear()
+        crew = [peer for key, peer in self.peers.items() if key in (EXECUTOR, GATEWAY) or peer.kind == "detokenizer"]
+        incarnations = {peer.incarnation for peer in crew}
+        if self.scheduler is None or not all(peer.ready or peer.kind == "gateway" for peer in crew) or incarnations == self.crew:
+            return
+        self.crew = incarnations
+        now = time.monotonic()
+        for handle in self.scheduler.open_handles():
+            if handle >> 32 != self.peers[GATEWAY].incarnation:
+                self.scheduler.abort(handle, now)
+        self.mail.send(GATEWAY, Begin(self.post.incarnation))
+
+    def _new_scheduler(self, facts: dict[str, Any]) -> Scheduler:
+        return Scheduler(
+            SchedulerConfig(
+                slots=facts["slots"],
+                blocks=facts["blocks"],
+                block_size=facts["block_size"],
+                token_budget=facts["token_budget"],
+                max_model_len=facts["max_model_len"],
+                prefix_cache=self.config.prefix_cache,
+            )
+        )
+
+    def _submit(self, message: Submit) -> None:
+        if self.scheduler is None:
+            return  # it will be handed over again after Begin
+        request: Request = request_from(message)
+        try:
+            self.scheduler.submit(request, time.monotonic())
+        except ValueError as error:
+            self.log.error("refused", handle=message.handle, error=str(error))
+            facts = {"error": f"the scheduler cannot run this request: {error}"}
+            self._send_ends([(message.handle, message.attempt, "error", facts)])
+            return
+        self.opens.append((message.handle, message.attempt, message.decode, message.prompt, message.generated))
+
+    def _abort(self, message: Abort) -> None:
+        if self.scheduler is not None:
+            now = time.monotonic()
+            for handle in int64(message.handles).tolist():
+                self.scheduler.abort(handle, now)
+
+    def _commit(self, message: StepDone) -> None:
+        if self.scheduler is None or message.executor != self.executor or message.scheduler != self.post.incarnation:
+            return  # from an executor, or for a scheduler, that is no more
+        self.commits.append(self.scheduler.commit(result_from_done(message), time.monotonic()))
+        self.step_seconds += message.seconds
+        self._launch()  # before the results are told: the executor must not wait for that
+
+    def after(self) -> None:
+        if self.scheduler is None:
+            return
+        self._launch()
+        while self.commits:
+            self._emit(self.commits.popleft())
+        ended = self.scheduler.take_ended()
+        if ended or self.opens:
+            self._emit(None, ended)
+
+    def wake_in(self) -> float:
+        stuck = self.scheduler is not None and self.scheduler.waiting and not self.scheduler.in_flight
+        return 0.05 if stuck else HEARTBEAT_S  # deadlines pass although no result arrives
+
+    def _launch(self) -> None:
+        scheduler = self.scheduler
+        while scheduler is not None and scheduler.in_flight <= self.config.lookahead:
+            plan = scheduler.plan(time.monotonic())
+            if plan is None:
+                return
+            self.mail.send(EXECUTOR, step_from_plan(plan, self.post.incarnation, self.executor))
+
+    def _emit(self, commit: Commit | None, ended: list[Ended] | None = None) -> None:
+        """One message to each detokenizer that has news: streams that begin, tokens, streams that end, in this order."""
+        opens, self.opens = self.opens, []
+        ends = [_end(end) for end in (commit.ended if commit is not None else ended or [])]
+        count = self.config.detokenizers
+        details = self._details(commit)
+        prompts = [(handle, attempt, token_rows(top)) for handle, attempt, top in commit.prompt_logprobs] if commit is not None else []
+        for index in range(count):
+            mine = (commit.handles & 0xFFFFFFFF) % count == index if commit is not None and count > 1 else slice(None)
+            columns = [b"", b"", b"", b""]
+            if commit is not None:
+                columns = [column[mine].tobytes() for column in (commit.handles, commit.attempts, commit.offsets, commit.ids)]
+            position = {int(row): at for at, row in enumerate(commit.rows[mine])} if details and commit is not None else {}
+            message = Emitted(
+                tuple(row for row in opens if detokenizer_of(row[0], count) == index),
+                *columns,
+                tuple(row for row in ends if detokenizer_of(row[0], count) == index),
+                tuple((position[row], token) for row, token in details if row in position),
+                tuple(row for row in prompts if detokenizer_of(row[0], count) == index),
+            )
+            if message.opens or message.handles or message.ends:
+                self.mail.send(("detokenizer", index), message)
+
+    @staticmethod
+    def _details(commit: Commit | None) -> list[tuple[int, list[Any]]]:
+        if commit is None or commit.logprobs is None:
+            return []
+        return list(zip(commit.logprobs.rows.tolist(), token_rows(commit.logprobs), strict=True))
+
+    def _send_ends(self, ends: list[tuple[Any, ...]]) -> None:
+        for row in ends:
+            index = detokenizer_of(row[0], self.config.detokenizers)
+            self.mail.send(("detokenizer", index), Emitted((), b"", b"", b"", b"", (row,), (), ()))
+
+    def load(self) -> dict[str, Any]:
+        scheduler = self.scheduler
+        if scheduler is None:
+            return {}
+        return {
+            **asdict(scheduler.counters),
+            "running": scheduler.running,
+            "waiting": scheduler.waiting,
+            "blocks_total": scheduler.config.blocks,
+            "blocks_free": scheduler.pool.available,
+            "step_seconds": self.step_seconds,
+        }
+
+
+def detokenizer_of(handle: int, count: int) -> int:
+    """Which detokenizer has this stream, for good."""
+    return (handle & 0xFFFFFFFF) % count
+
+
+def _end(end: Ended) -> tuple[Any, ...]:
+    facts = {
+        "cached_tokens": end.cached_tokens,
+        "preemptions": end.preemptions,
+        "queue_s": end.queue_s,
+        "prefill_s": end.prefill_s,
+        "decode_s": end.decode_s,
+    }
+    return end.handle, end.attempt, end.reason, facts
+
+

@@ -1,0 +1,118 @@
+"""Clients: who is connected, until when, what they were sent, and how much more they may be sent.
+
+Credits are messages, not tokens: a client may leave `window` of them unacknowledged. Beyond that nothing is sent and nothing is
+queued either, because a chunk is just the part of the journal that was not sent yet: a slow reader gets fewer, larger chunks.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from penstock.actors.journal import Entry, OpenRequest
+from penstock.actors.messages import Chunks
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    client: str
+    name: str
+    identity: bytes  # of its connection
+    seen: float
+    number: int = 0  # of the last Chunks message
+    acknowledged: int = 0
+    streams: int = 0  # stream numbers given out
+    requests: dict[str, OpenRequest] = field(default_factory=dict)
+    dirty: dict[int, Entry] = field(default_factory=dict)  # handle → entry with unsent news
+    finished: deque[tuple[int, OpenRequest]] = field(default_factory=deque)  # told in Chunks number, not yet acknowledged
+
+    def attach(self, identity: bytes, now: float) -> None:
+        """A new connection of a known client: its streams are sent again when it asks to resume them."""
+        self.identity, self.seen, self.number, self.acknowledged = identity, now, 0, 0
+        self.dirty.clear()
+        self.finished.clear()
+        for request in self.requests.values():
+            request.attached = False
+            request.told = None
+
+    def acknowledge(self, received: int) -> None:
+        """Forget what the client has for certain."""
+        self.acknowledged = max(self.acknowledged, min(received, self.number))
+        while self.finished and self.finished[0][0] <= self.acknowledged:
+            request = self.finished.popleft()[1]
+            if self.requests.get(request.id) is request:
+                del self.requests[request.id]
+
+    def mark(self, entry: Entry) -> None:
+        if entry.request.attached:
+            self.dirty[entry.handle] = entry
+
+    def may_send(self, window: int) -> bool:
+        return bool(self.dirty) and self.number - self.acknowledged < window
+
+    def chunks(self, now: float) -> Chunks:
+        """All unsent news of all streams, as one message."""
+        streams, counts, ids, texts = array("i"), array("i"), array("i"), []
+        details: list[Any] = []
+        ends: list[Any] = []
+        done: list[Any] = []
+        self.number += 1
+        for entry in self.dirty.values():
+            pieces = len(entry.counts)
+            if entry.sent_pieces < pieces:
+                streams.append(entry.stream)
+                total = len(entry.ids)
+                counts.append(total - entry.sent_ids)
+                ids.extend(entry.ids[entry.sent_ids :])
+                texts.append(entry.texts[-1] if pieces - entry.sent_pieces == 1 else "".join(entry.texts[entry.sent_pieces :]))
+                entry.sent_pieces, entry.sent_ids = pieces, total
+            if entry.details:
+                details += entry.details
+                entry.details = []
+            if entry.ended is not None and not entry.told_end:
+                ends.append((entry.stream, *entry.ended))
+                entry.told_end = True
+                request = entry.request
+                if request.ended and all(other.told_end for other in request.entries):
+                    done.append((request.id, request.usage(now)))
+                    request.told = self.number
+                    self.finished.append((self.number, request))
+        self.dirty.clear()
+        return Chunks(
+            self.number, streams.tobytes(), counts.tobytes(), ids.tobytes(), tuple(texts), tuple(details), tuple(ends), tuple(done)
+        )
+
+
+class Sessions:
+    """Clients by the identity of their connection, and by their own id."""
+
+    def __init__(self) -> None:
+        self._by_identity: dict[bytes, Session] = {}
+        self._by_client: dict[str, Session] = {}
+
+    def __iter__(self) -> Any:
+        return iter(list(self._by_client.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_client)
+
+    def find(self, identity: bytes) -> Session | None:
+        return self._by_identity.get(identity)
+
+    def meet(self, client: str, name: str, identity: bytes, now: float) -> Session:
+        """The session of a client that said Hello: a new one, or its own, moved to this connection."""
+        session = self._by_client.get(client)
+        if session is None:
+            session = self._by_client[client] = Session(client, name, identity, now)
+        else:
+            self._by_identity.pop(session.identity, None)
+            session.attach(identity, now)
+        self._by_identity[identity] = session
+        return session
+
+    def forget(self, session: Session) -> None:
+        self._by_client.pop(session.client, None)
+        if self._by_identity.get(session.identity) is session:
+            del self._by_identity[session.identity]
