@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
@@ -28,6 +29,7 @@ from penstock.actors.messages import (
     Generate,
     Goodbye,
     Hello,
+    Journaled,
     List,
     Listing,
     Ready,
@@ -38,11 +40,12 @@ from penstock.actors.messages import (
     Submit,
     Vitals,
     Welcome,
-)  # fmt: skip
+)
 from penstock.actors.resolve import Model, Resolved
 from penstock.actors.sessions import Session, Sessions
 from penstock.actors.wire import WireError
 
+JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
 MOST_FRUITLESS = 5  # attempts in a row of one stream that brought no token: the request itself is at fault
 
 
@@ -65,7 +68,7 @@ class GatewayActor(Actor):
         self.handlers |= {
             Encoded: self._encoded, Released: self._released, Begin: self._begin, Drain: self._drain, Vitals: self._keep_vitals,
         }  # fmt: skip
-        self.calls = {
+        self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
             Generate: self._generate, Cancel: self._cancel, Renew: lambda session, message: session.acknowledge(message.received),
             List: self._list, Status: self._status, Goodbye: lambda session, _: self._leave(session),
         }  # fmt: skip
@@ -110,15 +113,20 @@ class GatewayActor(Actor):
             self.progress += 1
             self._call(identity, frame, now)
         self._send_encodes()
+        self._send_chunks()
         for session in self.sessions:
-            if session.may_send(self.config.window):
-                self.totals["chunks"] += 1
-                self.door.send(session.identity, session.chunks(now))
-            elif now - session.seen > self.config.lease:
+            if now - session.seen > self.config.lease:
                 self.log.info("lease expired", client=session.client, requests=len(session.requests))
                 self._leave(session)
         if self.draining and not self.journal.entries and not self.admission.jobs:
             self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
+
+    def _send_chunks(self) -> None:
+        now = time.monotonic()
+        for session in self.sessions:
+            if session.may_send(self.config.window):
+                self.totals["chunks"] += 1
+                self.door.send(session.identity, session.chunks(now))
 
     def wake_in(self) -> float:
         return min(HEARTBEAT_S, self.config.lease / 2)
@@ -168,7 +176,10 @@ class GatewayActor(Actor):
             if message.resume is not None and known is not None and known.entries and not known.attached:
                 self._reattach(session, known, message.resume)
                 return
-            if known is not None and (known.told is None or not known.attached):
+            if known is not None and not known.attached:  # said again on a new connection, its answer was lost
+                self._reattach(session, known, {"received": [b""] * len(known.entries)})
+                return
+            if known is not None and known.told is None:
                 raise Refusal(
                     "duplicate_request", f"the client has an open request {message.request!r}", field="request", value=message.request[:120]
                 )
@@ -230,6 +241,9 @@ class GatewayActor(Actor):
 
     def _reattach(self, session: Session, request: OpenRequest, resume: dict[str, Any]) -> None:
         """A client is back on a new connection: go on where it says it is."""
+        if not request.entries:
+            request.attached = True  # still being tokenized
+            return
         received = self.admission.received_ids(resume, len(request.entries))
         if not all(entry.rewind(ids) for entry, ids in zip(request.entries, received, strict=True)):
             raise Refusal("invalid_request", "the received ids are not those of this request", field="resume.received")
@@ -310,11 +324,14 @@ class GatewayActor(Actor):
                 if facts.get("generated", len(entry.ids)) != len(entry.ids):
                     gaps.append(entry)  # the last rows of the stream were lost
                 elif reason == "error":
-                    self._fail(entry.request, Fault(code="engine_fault", message=facts.get("error", ""), actor=facts.get("actor")))
+                    self._fail(entry.request, Fault(code=facts.get("code", "engine_fault"), message=facts.get("error", "")))
                 else:
                     self._end(entry, reason, facts)
         for entry in gaps:
             self.hand_over(entry)
+        if message.number % JOURNALED_EVERY == 0:
+            self.mail.send(SCHEDULER, Journaled(message.index, message.number))
+        self._send_chunks()  # at once, or the news of several steps would become one chunk
 
     def _end(self, entry: Entry, reason: str, facts: dict[str, Any]) -> None:
         entry.ended = reason, facts

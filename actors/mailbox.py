@@ -57,11 +57,14 @@ class Mailbox:
         self._outboxes[peer] = address, open_outbox(self._context, address)
 
     def send(self, peer: tuple[str, int], message: Any) -> bool:
-        """Queue a message. False, and nothing else happens, if the peer is not known."""
+        """Queue a message. False, and nothing else happens, if the peer is not known, or (over inproc) has closed its inbox."""
         outbox = self._outboxes.get(peer)
         if outbox is None:
             return False
-        outbox[1].send(INSIDE.encode(message), zmq.NOBLOCK)
+        try:
+            outbox[1].send(INSIDE.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
         return True
 
     def close(self) -> None:

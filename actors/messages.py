@@ -6,7 +6,7 @@ fresh only if both are current. Times are seconds; those that are points in time
 
     client  ══ Hello, Generate, Cancel, Renew, List, Status ══▶ gateway ══ Welcome, Accepted, Chunks, Failed, … ══▶ client
     gateway ── Encode ──▶ tokenizer ── Encoded ──▶ gateway ── Submit, Abort ──▶ scheduler ── Begin ──▶ gateway
-    scheduler ── Step ──▶ executor ── StepDone ──▶ scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway
+    scheduler ── Step ──▶ executor ── StepDone ──▶ scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway ── Journaled ──▶ scheduler
     every actor ── Up, Ready, Heartbeat, Died ──▶ supervisor ── Peers, Vitals, Drain, Stop ──▶ every actor
 """
 
@@ -299,10 +299,12 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """What one step produced for one detokenizer. `opens` are `[handle, attempt, decode map, prompt, generated]`, streams that begin;
-    then the rows: token `ids[i]` (int32) of `handles[i]` (int64) at `offsets[i]` (int32) of its generated tokens; then `ends`,
-    `[handle, attempt, reason, facts]`. `details` are `[row, token]`, `prompts` are `[handle, attempt, tokens]` (log-probabilities)."""
+    """What one step produced for one detokenizer; `number` counts these messages to it from 1. `opens` are
+    `[handle, attempt, decode map, prompt, generated]`, streams that begin; then the rows: token `ids[i]` (int32) of `handles[i]`
+    (int64) at `offsets[i]` (int32) of its generated tokens; then `ends`, `[handle, attempt, reason, facts]`. `details` are
+    `[row, token]`, `prompts` are `[handle, attempt, tokens]` (log-probabilities)."""
 
+    number: int
     opens: tuple[Any, ...]
     handles: bytes
     attempts: bytes
@@ -315,9 +317,12 @@ class Emitted:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Text and ids that may be shown. Row i: `counts[i]` ids from `offsets[i]` on of `handles[i]`, and `texts[i]`. `echoes` are
-    `[handle, attempt, text]`, the prompt's text; `ends`, `details` and `prompts` as in `Emitted`, with handles for rows."""
+    """Text and ids that may be shown, of the scheduler's message `number` to the detokenizer `index`. Row i: `counts[i]` ids from
+    `offsets[i]` on of `handles[i]`, and `texts[i]` (a row of no ids is the prompt's text, for an echo). `details` are
+    `[handle, attempt, tokens]`; `ends` and `prompts` as in `Emitted`."""
 
+    index: int
+    number: int
     handles: bytes
     attempts: bytes
     offsets: bytes
@@ -327,12 +332,19 @@ class Released:
     ends: tuple[Any, ...]
     details: tuple[Any, ...]
     prompts: tuple[Any, ...]
-    echoes: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Journaled:
+    """The gateway has taken all that the scheduler sent to the detokenizer `index`, up to its message `number`."""
+
+    index: int
+    number: int
 
 
 INSIDE = Catalogue(
     {
         1: Up, 2: Ready, 3: Heartbeat, 4: Died, 5: Peers, 6: Vitals, 7: Drain, 8: Stop,
-        20: Encode, 21: Encoded, 22: Submit, 23: Abort, 24: Begin, 25: Step, 26: StepDone, 27: Emitted, 28: Released,
+        20: Encode, 21: Encoded, 22: Submit, 23: Abort, 24: Begin, 25: Step, 26: StepDone, 27: Emitted, 28: Released, 29: Journaled,
     }
 )  # fmt: skip

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from penstock.actors.actor import EXECUTOR, GATEWAY, HEARTBEAT_S, Actor, Peer, PeerKey
 from penstock.actors.columns import int64, request_from, result_from_done, step_from_plan, token_rows
-from penstock.actors.messages import Abort, Begin, Emitted, StepDone, Submit
+from penstock.actors.messages import Abort, Begin, Emitted, Journaled, StepDone, Submit
 from penstock.engine.request import Request
 from penstock.engine.scheduler import Commit, Ended, Scheduler, SchedulerConfig
+
+Handles = TypeVar("Handles", int, npt.NDArray[np.int64])
+AHEAD = 32  # messages that may be on their way to the journal: beyond that the CPU is the bottleneck, and queues would only grow
 
 
 class SchedulerActor(Actor):
@@ -27,7 +33,8 @@ class SchedulerActor(Actor):
         self.commits: deque[Commit] = deque()
         self.crew: set[int] = set()  # incarnations of the peers that streams depend on, as of the last Begin
         self.step_seconds = 0.0
-        self.handlers |= {Submit: self._submit, Abort: self._abort, StepDone: self._commit}
+        self.handlers |= {Submit: self._submit, Abort: self._abort, StepDone: self._commit, Journaled: self._journaled}
+        self._forget_progress()
         return {}
 
     def met(self, before: dict[PeerKey, Peer]) -> None:
@@ -37,11 +44,14 @@ class SchedulerActor(Actor):
             self.scheduler = self._new_scheduler(executor.facts)
             self.opens.clear()
             self.commits.clear()
-        crew = [peer for key, peer in self.peers.items() if key in (EXECUTOR, GATEWAY) or peer.kind == "detokenizer"]
+        needed = [EXECUTOR, GATEWAY, *(("detokenizer", index) for index in range(self.config.detokenizers))]
+        crew = [self.peers[key] for key in needed if key in self.peers]
         incarnations = {peer.incarnation for peer in crew}
-        if self.scheduler is None or not all(peer.ready or peer.kind == "gateway" for peer in crew) or incarnations == self.crew:
+        whole = len(crew) == len(needed) and all(peer.ready or peer.kind == "gateway" for peer in crew)
+        if self.scheduler is None or not whole or incarnations == self.crew:
             return
         self.crew = incarnations
+        self._forget_progress()
         now = time.monotonic()
         for handle in self.scheduler.open_handles():
             if handle >> 32 != self.peers[GATEWAY].incarnation:
@@ -60,6 +70,14 @@ class SchedulerActor(Actor):
             )
         )
 
+    def _forget_progress(self) -> None:
+        """Messages to each detokenizer since the last Begin: sent, and known to be journaled."""
+        self.emitted = [0] * self.config.detokenizers
+        self.journaled = [0] * self.config.detokenizers
+
+    def _journaled(self, message: Journaled) -> None:
+        self.journaled[message.index] = max(self.journaled[message.index], min(message.number, self.emitted[message.index]))
+
     def _submit(self, message: Submit) -> None:
         if self.scheduler is None:
             return  # it will be handed over again after Begin
@@ -69,7 +87,9 @@ class SchedulerActor(Actor):
         except ValueError as error:
             self.log.error("refused", handle=message.handle, error=str(error))
             facts = {"error": f"the scheduler cannot run this request: {error}"}
-            self._send_ends([(message.handle, message.attempt, "error", facts)])
+            opened = (message.handle, message.attempt, message.decode, message.prompt, message.generated)
+            index = detokenizer_of(message.handle, self.config.detokenizers)
+            self._send(index, (opened,), b"", b"", b"", b"", ((message.handle, message.attempt, "error", facts),), (), ())
             return
         self.opens.append((message.handle, message.attempt, message.decode, message.prompt, message.generated))
 
@@ -91,7 +111,8 @@ class SchedulerActor(Actor):
             return
         self._launch()
         while self.commits:
-            self._emit(self.commits.popleft())
+            commit = self.commits.popleft()
+            self._emit(commit, commit.ended)
         ended = self.scheduler.take_ended()
         if ended or self.opens:
             self._emit(None, ended)
@@ -102,45 +123,51 @@ class SchedulerActor(Actor):
 
     def _launch(self) -> None:
         scheduler = self.scheduler
+        if max(emitted - journaled for emitted, journaled in zip(self.emitted, self.journaled, strict=True)) > AHEAD:
+            return
         while scheduler is not None and scheduler.in_flight <= self.config.lookahead:
             plan = scheduler.plan(time.monotonic())
             if plan is None:
                 return
             self.mail.send(EXECUTOR, step_from_plan(plan, self.post.incarnation, self.executor))
 
-    def _emit(self, commit: Commit | None, ended: list[Ended] | None = None) -> None:
+    def _emit(self, commit: Commit | None, ended: list[Ended]) -> None:
         """One message to each detokenizer that has news: streams that begin, tokens, streams that end, in this order."""
         opens, self.opens = self.opens, []
-        ends = [_end(end) for end in (commit.ended if commit is not None else ended or [])]
+        ends = [_end(end) for end in ended]
         count = self.config.detokenizers
         details = self._details(commit)
-        prompts = [(handle, attempt, token_rows(top)) for handle, attempt, top in commit.prompt_logprobs] if commit is not None else []
         for index in range(count):
-            mine = (commit.handles & 0xFFFFFFFF) % count == index if commit is not None and count > 1 else slice(None)
-            columns = [b"", b"", b"", b""]
+
+            def mine(rows: Iterable[Any], index: int = index) -> tuple[Any, ...]:
+                return tuple(row for row in rows if detokenizer_of(row[0], count) == index)
+
+            handles = attempts = offsets = ids = b""
+            at: dict[int, int] = {}  # row of the step's results → row of this message
             if commit is not None:
-                columns = [column[mine].tobytes() for column in (commit.handles, commit.attempts, commit.offsets, commit.ids)]
-            position = {int(row): at for at, row in enumerate(commit.rows[mine])} if details and commit is not None else {}
-            message = Emitted(
-                tuple(row for row in opens if detokenizer_of(row[0], count) == index),
-                *columns,
-                tuple(row for row in ends if detokenizer_of(row[0], count) == index),
-                tuple((position[row], token) for row, token in details if row in position),
-                tuple(row for row in prompts if detokenizer_of(row[0], count) == index),
-            )
-            if message.opens or message.handles or message.ends:
-                self.mail.send(("detokenizer", index), message)
+                chosen = detokenizer_of(commit.handles, count) == index if count > 1 else slice(None)
+                handles, attempts = commit.handles[chosen].tobytes(), commit.attempts[chosen].tobytes()
+                offsets, ids = commit.offsets[chosen].tobytes(), commit.ids[chosen].tobytes()
+                if details:
+                    at = {row: position for position, row in enumerate(commit.rows[chosen].tolist())}
+            prompts = mine(commit.prompt_logprobs) if commit is not None else ()
+            self._send(
+                index, mine(opens), handles, attempts, offsets, ids, mine(ends),
+                tuple((at[row], token) for row, token in details if row in at),
+                tuple((handle, attempt, token_rows(top)) for handle, attempt, top in prompts),
+            )  # fmt: skip
+
+    def _send(self, index: int, opens: tuple[Any, ...], handles: bytes, *more: Any) -> None:
+        ends = more[3]
+        if opens or handles or ends:
+            self.emitted[index] += 1
+            self.mail.send(("detokenizer", index), Emitted(self.emitted[index], opens, handles, *more))
 
     @staticmethod
     def _details(commit: Commit | None) -> list[tuple[int, list[Any]]]:
         if commit is None or commit.logprobs is None:
             return []
         return list(zip(commit.logprobs.rows.tolist(), token_rows(commit.logprobs), strict=True))
-
-    def _send_ends(self, ends: list[tuple[Any, ...]]) -> None:
-        for row in ends:
-            index = detokenizer_of(row[0], self.config.detokenizers)
-            self.mail.send(("detokenizer", index), Emitted((), b"", b"", b"", b"", (row,), (), ()))
 
     def load(self) -> dict[str, Any]:
         scheduler = self.scheduler
@@ -156,8 +183,8 @@ class SchedulerActor(Actor):
         }
 
 
-def detokenizer_of(handle: int, count: int) -> int:
-    """Which detokenizer has this stream, for good."""
+def detokenizer_of(handle: Handles, count: int) -> Handles:
+    """Which detokenizer has a stream, for good; of one handle or of a column of them."""
     return (handle & 0xFFFFFFFF) % count
 
 

@@ -75,7 +75,7 @@ class Catalogue:
             hints = typing.get_type_hints(kind)
             names = [spec.name for spec in fields(kind)]
             layout = _Layout(tag, kind, _getter(names), tuple((name, _accepts(hints[name])) for name in names))
-            self._by_tag[tag] = self._by_type[kind] = layout  # type: ignore[index]
+            self._by_tag[tag] = self._by_type[kind] = layout
 
     @property
     def kinds(self) -> list[type[Any]]:
