@@ -23,7 +23,7 @@ class EngineConfig:
     executor: str = _setting("model", "`model`, or `mock`: the same messages and no model")
     tokenizer: str | None = _setting(None, "where the tokenizer is, if not with the model; `none`: token ids only")
     max_model_len: int | None = _setting(None, "longest prompt and output together, tokens; none: the model's own")
-    memory: float = _setting(0.9, "share of the device's memory to use (above 0, to 1), or bytes (above 1)")
+    memory: float | None = _setting(None, "share of the device's memory to use (to 1), or bytes; none: 0.9 of a GPU's, 0.3 of a CPU's")
     block_size: int = _setting(16, "tokens in a KV block: 16 or 32")
     blocks: int | None = _setting(None, "KV blocks; none: as many as memory allows")
     max_running: int = _setting(256, "most requests in one step")
@@ -67,7 +67,9 @@ class EngineConfig:
         for name in ("max_model_len", "blocks", "token_budget", "threads"):
             if getattr(self, name) is not None and (not isinstance(getattr(self, name), int) or getattr(self, name) < 1):
                 raise _bad(name, getattr(self, name), "an integer above 0, or nothing")
-        for name in ("memory", "lease", "drain_timeout", "stall_timeout"):
+        if self.memory is not None and (not isinstance(self.memory, int | float) or not self.memory > 0):
+            raise _bad("memory", self.memory, "a number above 0, or nothing")
+        for name in ("lease", "drain_timeout", "stall_timeout"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise _bad(name, getattr(self, name), "a number above 0")
         if self.address is not None and not self.address.startswith(("ipc://", "tcp://127.0.0.1:", "tcp://localhost:", "inproc://")):

@@ -12,8 +12,9 @@ from penstock.actors.columns import done_from_result, plan_from_step
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Refusal
 from penstock.actors.mailbox import open_outbox
-from penstock.actors.messages import INSIDE, Step
+from penstock.actors.messages import INSIDE, Step, StepDone
 from penstock.engine.model.spec import ModelError
+from penstock.engine.open import open_mock, open_model
 from penstock.engine.plan import Pending, StepRunner
 
 
@@ -23,22 +24,18 @@ class ExecutorActor(Actor):
     results: Results | None = None
 
     def start(self) -> dict[str, Any]:
-        self.handlers[Step] = self._step
+        self.handlers |= {Step: self._step, StepDone: self._check}
         self.runner, facts = self._open_runner()
         if facts["device"] == "cuda":
-            self.results = Results(self.context)
+            self.results = Results(self.context, self.post.address)
         return facts
 
     def _open_runner(self) -> tuple[StepRunner, dict[str, Any]]:
-        # Imported here: a model takes seconds to import, and a mock does without.
-        if self.config.executor == "mock":
-            from penstock.engine.open import open_mock as opened
-        else:
-            from penstock.engine.open import open_model as opened
+        opened = open_mock if self.config.executor == "mock" else open_model
         try:
             return opened(**opening(self.config))
         except ModelError as error:
-            raise Refusal(error.code, str(error), field="model", value=self.config.model, actor=self.kind) from error
+            raise Refusal("model_error", str(error), field="model", value=self.config.model, actor=self.kind) from error
 
     def met(self, before: dict[PeerKey, Peer]) -> None:
         scheduler = self.peers.get(SCHEDULER)
@@ -53,7 +50,14 @@ class ExecutorActor(Actor):
         if self.results is not None:
             self.results.put(self.peers[SCHEDULER].address, step, pending)
         else:
-            self.mail.send(SCHEDULER, done_from_result(pending.result(), step.scheduler, step.executor))
+            done = done_from_result(pending.result(), step.scheduler, step.executor)
+            self._check(done)
+            self.mail.send(SCHEDULER, done)
+
+    def _check(self, done: StepDone) -> None:
+        """A step that failed leaves its slots undefined: this incarnation ends, and the requests are handed to the next one."""
+        if done.error is not None:
+            raise Refusal("engine_fault", f"step {done.step}: {done.error}", actor=self.kind)
 
     def finish(self) -> None:
         if self.results is not None:
@@ -61,10 +65,11 @@ class ExecutorActor(Actor):
 
 
 class Results:
-    """A thread that waits for each step's results in turn and sends them, while the main thread launches the next step."""
+    """A thread that waits for each step's results in turn and sends them, while the main thread launches the next step. A failed step
+    goes to this actor itself, at `home`."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        self._context = context
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], home: str) -> None:
+        self._context, self._home = context, home
         self._queue: SimpleQueue[tuple[str, Step, Pending] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._thread.start()
@@ -81,6 +86,8 @@ class Results:
         while (item := self._queue.get()) is not None:
             target, step, pending = item
             done = done_from_result(pending.result(), step.scheduler, step.executor)
+            if done.error is not None:
+                target = self._home
             if target != address or outbox is None:
                 if outbox is not None:
                     outbox.close(linger=0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.engine.mock import MockRunner
+
+if TYPE_CHECKING:
+    from penstock.engine.runner import Runner
 
 TINY = Path(__file__).with_name("tiny")
 
@@ -25,4 +29,60 @@ def open_mock(*, model: str, max_running: int, block_size: int, token_budget: in
         "digest": "mock", "name": "mock", "vocab_size": vocab_size, "max_model_len": max_model_len, "eos": [], "defaults": {},
         "slots": max_running, "blocks": max_running * 4096 // block_size, "block_size": block_size,
         "token_budget": token_budget or 8192, "dtype": "none", "device": "none",
+    }  # fmt: skip
+
+
+def open_model(
+    *,
+    model: str,
+    weights: str,
+    dtype: str,
+    device: str,
+    max_model_len: int | None,
+    memory: float | None,
+    block_size: int,
+    blocks: int | None,
+    max_running: int,
+    token_budget: int | None,
+    lookahead: int,
+    threads: int | None,
+    seed: int,
+) -> tuple[Runner, dict[str, Any]]:
+    """Load a model, size its cache, warm it up. Raises `ModelError`.
+
+    Where nothing is said: a GPU if there is one; the model's own dtype there, float32 on a CPU; 90 % of a GPU's memory, 30 % of a CPU's.
+    """
+    import torch
+    from penstock.engine.memory import Workload, count_blocks
+    from penstock.engine.model.adopt import AdoptedModel
+    from penstock.engine.model.load import load_model
+    from penstock.engine.model.spec import ModelError, read_spec
+    from penstock.engine.runner import Runner
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("invalid_option", "device=cuda: torch sees no CUDA device")
+    on_cpu = device == "cpu"
+    if on_cpu:
+        torch.set_num_threads(threads or os.cpu_count() or 1)
+    spec = read_spec(
+        model_folder(model), dtype="float32" if dtype == "auto" and on_cpu else dtype, max_model_len=max_model_len, weights=weights, seed=seed
+    )
+    adopted = AdoptedModel(load_model(spec, torch.device(device)))
+    work = Workload(
+        slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size
+    )
+    count = count_blocks(adopted, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks)
+    runner = Runner(adopted, work.config(count, in_flight=lookahead + 1))
+    runner.warm_up()
+    defaults = spec.defaults
+    return runner, {
+        "digest": spec.digest, "name": model, "vocab_size": spec.vocab_size, "max_model_len": spec.max_model_len, "eos": spec.eos_ids,
+        "defaults": {
+            "temperature": defaults.temperature, "top_k": defaults.top_k, "top_p": defaults.top_p, "min_p": defaults.min_p,
+            "repetition_penalty": defaults.repetition_penalty,
+        },
+        "slots": max_running, "blocks": count, "block_size": block_size, "token_budget": work.token_budget, "dtype": spec.dtype,
+        "device": device,
     }  # fmt: skip
