@@ -17,6 +17,7 @@ from penstock.engine.request import Request
 from penstock.engine.scheduler import Commit, Ended, Scheduler, SchedulerConfig
 
 Handles = TypeVar("Handles", int, npt.NDArray[np.int64])
+HOST_SAMPLES = 1024  # steps that the host time's percentiles are over
 AHEAD = 32  # messages that may be on their way to the journal: beyond that the CPU is the bottleneck, and queues would only grow
 
 
@@ -33,6 +34,8 @@ class SchedulerActor(Actor):
         self.commits: deque[Commit] = deque()
         self.crew: set[int] = set()  # incarnations of the peers that streams depend on, as of the last Begin
         self.step_seconds = 0.0
+        self.spent = 0.0  # CPU seconds of plan and commit since the last commit
+        self.host_seconds: deque[float] = deque(maxlen=HOST_SAMPLES)
         self.handlers |= {Submit: self._submit, Abort: self._abort, StepDone: self._commit, Journaled: self._journaled}
         self._forget_progress()
         return {}
@@ -102,9 +105,13 @@ class SchedulerActor(Actor):
     def _commit(self, message: StepDone) -> None:
         if self.scheduler is None or message.executor != self.executor or message.scheduler != self.post.incarnation:
             return  # from an executor, or for a scheduler, that is no more
+        begun = time.thread_time()
         self.commits.append(self.scheduler.commit(result_from_done(message), time.monotonic()))
+        self.spent += time.thread_time() - begun
         self.step_seconds += message.seconds
         self._launch()  # before the results are told: the executor must not wait for that
+        self.host_seconds.append(self.spent)
+        self.spent = 0.0
 
     def after(self) -> None:
         if self.scheduler is None:
@@ -126,7 +133,9 @@ class SchedulerActor(Actor):
         if max(emitted - journaled for emitted, journaled in zip(self.emitted, self.journaled, strict=True)) > AHEAD:
             return
         while scheduler is not None and scheduler.in_flight <= self.config.lookahead:
+            begun = time.thread_time()
             plan = scheduler.plan(time.monotonic())
+            self.spent += time.thread_time() - begun
             if plan is None:
                 return
             self.mail.send(EXECUTOR, step_from_plan(plan, self.post.incarnation, self.executor))
@@ -180,7 +189,13 @@ class SchedulerActor(Actor):
             "blocks_total": scheduler.config.blocks,
             "blocks_free": scheduler.pool.available,
             "step_seconds": self.step_seconds,
+            **self._host_percentiles(),
         }
+
+    def _host_percentiles(self) -> dict[str, float]:
+        """Of the CPU time of `plan` and `commit` together, over the last steps."""
+        ordered = sorted(self.host_seconds) or [0.0]
+        return {"host_p50_s": ordered[len(ordered) // 2], "host_p99_s": ordered[len(ordered) * 99 // 100]}
 
 
 def detokenizer_of(handle: Handles, count: int) -> Handles:

@@ -1,0 +1,105 @@
+"""`penstock bench`: figures that anyone can measure again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from penstock.actors.config import EngineConfig
+from penstock.clients.bench.offline import offline, online
+from penstock.clients.bench.pipeline import pipeline
+from penstock.clients.bench.report import machine, plot, show
+from penstock.clients.cli.options import only_given, with_tables
+from penstock.clients.cli.report import reported
+from penstock.clients.errors import PenstockError
+
+app = typer.Typer(help="Measure this engine, and others beside it.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the last line")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="write a picture of the distributions to this PNG file")]
+Model = Annotated[str | None, typer.Option("--model", help="cpu-32m, qwen3-0.6b, qwen3-8b or llama-3.1-8b (random weights), or a folder")]
+
+
+@app.command("offline")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model",))
+def offline_command(
+    workload: Annotated[str, typer.Option(help="mixed256, decode_bN, prefill, cpu64 or cpu1")] = "cpu64",
+    model: Model = None,
+    repeats: Annotated[int, typer.Option(help="runs; the fastest counts", min=1)] = 1,
+    against: Annotated[str | None, typer.Option(help="`transformers`: run the same through it in the same call")] = None,
+    as_json: Json = False,
+    plot_file: Plot = None,
+    **given: Any,
+) -> None:
+    """A fixed workload, from its first request to its last token, through every actor."""
+    with reported():
+        if against not in (None, "transformers"):
+            raise PenstockError(f"against={against!r}: must be transformers")
+        shape = model or ("cpu-32m" if workload.startswith("cpu") else "qwen3-0.6b")
+        figures, run = asyncio.run(offline(shape, workload, repeats, **only_given(given)))
+        if against is not None:
+            figures["against"] = _against(shape, workload, figures["output_tokens_per_s"])
+        figures["machine"] = machine()
+        if plot_file is not None:
+            plot(plot_file, f"{workload}, {shape}", {"first token": [trace.first for trace in run.traces]}, "seconds", "share of requests")
+        show(f"{workload} on {shape}", figures, as_json=as_json)
+
+
+@app.command("online")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model",))
+def online_command(
+    model: Model = None,
+    rate: Annotated[list[float] | None, typer.Option(help="requests a second; may be repeated  [default: 4]")] = None,
+    requests: Annotated[int, typer.Option(help="at each rate", min=1)] = 128,
+    prompt: Annotated[int, typer.Option(help="ids in each prompt", min=1)] = 512,
+    output: Annotated[int, typer.Option(help="tokens for each", min=1)] = 128,
+    as_json: Json = False,
+    plot_file: Plot = None,
+    **given: Any,
+) -> None:
+    """Requests that arrive by themselves, at random moments: time to the first token, and between tokens."""
+    with reported():
+        figures, runs = asyncio.run(online(model or "cpu-32m", rate or [4.0], requests, prompt, output, **only_given(given)))
+        figures["machine"] = machine()
+        if plot_file is not None:
+            series = {f"first token, {name}": [trace.first for trace in run.traces] for name, run in runs.items()}
+            series |= {f"gap, {name}": [gap for trace in run.traces for gap in trace.gaps] for name, run in runs.items()}
+            plot(plot_file, f"online, {figures['model']}", series, "seconds", "share")
+        show("online", figures, as_json=as_json)
+
+
+@app.command("pipeline")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model", "executor"))
+def pipeline_command(
+    streams: Annotated[int, typer.Option(min=1)] = 256,
+    prompt: Annotated[int, typer.Option(help="tokens in", min=1)] = 32,
+    output: Annotated[int, typer.Option(help="tokens out", min=1)] = 512,
+    rounds: Annotated[int, typer.Option(help="the median counts", min=1)] = 5,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Everything but the model: a mock executor, real messages, tokenizer, detokenizer and client."""
+    with reported():
+        figures = asyncio.run(pipeline(streams, prompt, output, rounds, **only_given(given)))
+        figures["machine"] = machine()
+        show("pipeline", figures, as_json=as_json)
+
+
+def _against(shape: str, workload: str, rate: float) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock.clients.bench.against", shape, workload], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise PenstockError(f"transformers failed: {done.stderr[-2000:]}")
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    best = max(value for name, value in figures.items() if name.startswith("static"))
+    figures |= {"static_best": best, "ratio_static": rate / best}
+    if "generate_batch" in figures:
+        figures["ratio_generate_batch"] = rate / figures["generate_batch"]
+    return figures
+

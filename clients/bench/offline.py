@@ -1,0 +1,103 @@
+"""`penstock bench offline` and `online`: a whole engine, measured from a client."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from penstock.clients.aio import AsyncClient
+from penstock.clients.bench.measure import Run, run_item, run_poisson, run_workload
+from penstock.clients.bench.shapes import SHAPES, write_model
+from penstock.clients.bench.workloads import Item, Workload, decode, find
+from penstock.clients.errors import InvalidRequest
+from penstock.clients.launcher import alaunch
+
+
+@asynccontextmanager
+async def engine(model: str, **config: Any) -> AsyncIterator[tuple[AsyncClient, float]]:
+    """An engine for `model`: the name of a shape (with random weights), a folder, a hub id or `tiny`. Yields a client, after a small
+    warm-up request, and the seconds that the engine took to be ready."""
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+        source = model
+        if model in SHAPES:
+            source = str(write_model(model, Path(folder)))
+            config = {"weights": "random", **config}
+        begun = time.perf_counter()
+        async with alaunch(source, **config) as client:
+            startup = time.perf_counter() - begun
+            await run_item(client, Item([1, 2, 3, 4, 5, 6, 7, 8], 8))
+            yield client, startup
+
+
+def workload_for(name: str, vocab: int) -> Workload:
+    """Raises `InvalidRequest` for an unknown name."""
+    try:
+        return find(name)(vocab)
+    except KeyError:
+        limit = "mixed256, prefill, cpu64, cpu1 or decode_bN"
+        raise InvalidRequest(f"workload={name!r}: must be {limit}", field="workload", value=name, limit=limit) from None
+
+
+async def offline(model: str, workload: str, repeats: int, **config: Any) -> tuple[dict[str, Any], Run]:
+    """Run a workload `repeats` times on a fresh engine; the figures are those of the fastest run."""
+    config = {"prefix_cache": False, **config}
+    async with engine(model, **config) as (client, startup):
+        work = workload_for(workload, client.model["vocab_size"])
+        runs = []
+        before = await settled(client)
+        for _ in range(repeats):
+            runs.append(await run_workload(client, work))
+        after = await settled(client)
+        best = min(runs, key=lambda run: run.seconds)
+        figures = {
+            "workload": work.name, "model": model, **best.figures(), "startup_s": startup, "runs_s": [run.seconds for run in runs],
+            **step_figures(before, after), "engine": client.model, "config": config,
+        }  # fmt: skip
+    return figures, best
+
+
+async def online(
+    model: str, rates: list[float], requests: int, prompt: int, output: int, **config: Any
+) -> tuple[dict[str, Any], dict[str, Run]]:
+    """Poisson arrivals at each rate, requests a second; `requests` of `prompt` ids, `output` tokens each."""
+    config = {"prefix_cache": False, **config}
+    runs: dict[str, Run] = {}
+    async with engine(model, **config) as (client, startup):
+        vocab = client.model["vocab_size"]
+        await run_workload(client, decode(8, vocab))
+        items = [Item((item.ids * (prompt // 512 + 1))[:prompt], output) for item in decode(requests, vocab).items]
+        for rate in rates:
+            runs[f"{rate:g}/s"] = await run_poisson(client, items, rate)
+        first = next(iter(runs.values())).figures()
+        figures = {
+            "workload": "online", "model": model, **first, "startup_s": startup,
+            "rates": [{"rate": rate, **run.figures()} for rate, run in zip(rates, runs.values(), strict=True)],
+            "engine": client.model, "config": config,
+        }  # fmt: skip
+    return figures, runs
+
+
+async def settled(client: AsyncClient) -> dict[str, Any]:
+    """The scheduler's sums, once they are those of all that has ended: actors report them once a second."""
+    await asyncio.sleep(2.2)
+    report = await client.status()
+    scheduler: dict[str, Any] = report["scheduler"]
+    return scheduler
+
+
+def step_figures(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What the scheduler counted between two reports."""
+    steps = after["steps"] - before["steps"]
+    return {
+        "steps": steps,
+        "batch_mean": (after["rows"] - before["rows"]) / steps if steps else 0.0,
+        "step_mean_s": (after["step_seconds"] - before["step_seconds"]) / steps if steps else 0.0,
+        "plan_commit_p50_s": after["host_p50_s"],
+        "plan_commit_p99_s": after["host_p99_s"],
+        "preemptions": after["preemptions"] - before["preemptions"],
+    }

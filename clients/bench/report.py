@@ -1,0 +1,72 @@
+"""What a bench prints: a table for people, one JSON object on the last line for programs, a plot if asked for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from penstock.clients.errors import PenstockError
+from rich.console import Console
+from rich.table import Table
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, so far as this process can tell without importing torch."""
+    model = next((line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")), "?")
+    versions = {}
+    for package in ("torch", "transformers", "triton", "penstock"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpu = next((line.split(":", 1)[1].strip() for line in _gpu_information() if line.startswith("Model:")), None)
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "gpu": gpu, "python": platform.python_version(), **versions}
+
+
+def show(title: str, figures: dict[str, Any], *, as_json: bool) -> None:
+    """Print the figures; with `as_json` also as one object on the last line."""
+    console = Console(stderr=as_json)
+    table = Table(title=title, show_header=False)
+    for name, value in figures.items():
+        for key, one in value.items() if isinstance(value, dict) and name == "against" else [(name, value)]:
+            if not isinstance(one, dict | list):
+                table.add_row(key, f"{one:,.4g}" if isinstance(one, float) else str(one))
+    console.print(table)
+    if as_json:
+        print(json.dumps(figures), flush=True)  # noqa: T201  the line is the interface
+
+
+def plot(path: Path, title: str, series: dict[str, list[float]], x: str, y: str) -> None:
+    """Cumulative distributions, one line a series. Raises `PenstockError` if matplotlib is missing or the file cannot be written."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PenstockError("--plot needs matplotlib: pip install 'penstock[plots]'") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in series.items():
+        ordered = sorted(values)
+        axes.plot(ordered, [(rank + 1) / len(ordered) for rank in range(len(ordered))], label=name)
+    axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise PenstockError(f"cannot write {path}: {error}") from error
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _gpu_information() -> list[str]:
+    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return _read(str(found[0])).splitlines() if found else []
