@@ -60,6 +60,8 @@ class Admission:
         given = [name for name in ("prompt", "messages", "ids", "resume") if getattr(message, name) is not None]
         if len(given) != 1:
             raise _bad("prompt", given, "exactly one of prompt, messages, ids and resume")
+        if message.prompt == "" or message.messages == ():
+            raise _bad(given[0], "", "not empty")
         if message.resume is not None:
             request.resolved = resolved_from_wire(message.resume, model)
             self._limit(request, request.resolved.params.n, journal)

@@ -117,6 +117,9 @@ class GatewayActor(Actor):
         for session in self.sessions:
             if now - session.seen > self.config.lease:
                 self.log.info("lease expired", client=session.client, requests=len(session.requests))
+                for request in [request for request in session.requests.values() if request.told is None]:
+                    text = f"nothing came from the client for {self.config.lease:g} s"
+                    self._fail(request, Fault(code="lease_expired", message=text, limit=f"{self.config.lease:g} s"))
                 self._leave(session)
         if self.draining and not self.journal.entries and not self.admission.jobs:
             self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
