@@ -50,7 +50,7 @@ class BlockPool:
         return self._block_of.get(digest)
 
     def is_cached(self, block: int) -> bool:
-        """Whether holding this block would take it out of `available`."""
+        """Whether holding this block, found by `lookup`, would take it out of `available`."""
         return self._references[block] == 0
 
     def hold(self, block: int) -> None:
@@ -59,24 +59,25 @@ class BlockPool:
             del self._cached[block]
         self._references[block] += 1
 
-    def allocate(self) -> int | None:
-        """A block with one reference and meaningless content, or None if every block is held."""
-        if self._free:
-            block = self._free.popleft()
-        elif self._cached:
-            block, _ = self._cached.popitem(last=False)
-            self._forget(block)
-        else:
-            return None
-        self._references[block] = 1
-        return block
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each and meaningless content. Raises `RuntimeError`, and changes nothing, if fewer are
+        `available`: the caller counts first."""
+        if count > self.available:
+            raise RuntimeError(f"{count} blocks are wanted and {self.available} are available")
+        free, references = self._free, self._references
+        blocks = [free.popleft() for _ in range(min(count, len(free)))]
+        blocks += [self._evict() for _ in range(count - len(blocks))]
+        for block in blocks:
+            references[block] = 1
+        return blocks
 
     def release(self, blocks: list[int]) -> None:
         """Give up one reference to each block of a stream, given in token order. The tail is released first, so that it is also
         evicted first: a prefix is useful without its continuation, and never the other way round."""
+        references = self._references
         for block in reversed(blocks):
-            self._references[block] -= 1
-            if self._references[block] == 0:
+            references[block] -= 1
+            if references[block] == 0:
                 if self._digest_of[block] is None:
                     self._free.append(block)
                 else:
@@ -88,23 +89,25 @@ class BlockPool:
             self._digest_of[block] = digest
             self._block_of[digest] = block
 
-    def _forget(self, block: int) -> None:
-        digest = self._digest_of[block]
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        digest, self._digest_of[block] = self._digest_of[block], None
         if digest is not None:
             del self._block_of[digest]
-            self._digest_of[block] = None
+        return block
 
     def check(self) -> None:
         """Raise `RuntimeError` if the books do not balance. For tests, and for an idle engine."""
-        held = [block for block, count in enumerate(self._references) if count > 0]
-        everything = sorted([*held, *self._cached, *self._free])
-        if everything != list(range(self.blocks)):
-            raise RuntimeError(f"blocks are lost or double: {len(held)} held, {len(self._cached)} cached, {len(self._free)} free")
         if min(self._references, default=0) < 0:
             raise RuntimeError("a block was released more often than it was held")
-        for digest, block in self._block_of.items():
-            if self._digest_of[block] != digest:
-                raise RuntimeError(f"block {block} is indexed under a digest that is not its own")
-        for block in self._cached:
-            if self._digest_of[block] is None:
-                raise RuntimeError(f"block {block} is cached and cannot be found")
+        held = [block for block, count in enumerate(self._references) if count > 0]
+        if sorted([*held, *self._cached, *self._free]) != list(range(self.blocks)):
+            raise RuntimeError(f"blocks are lost or double: {len(held)} held, {len(self._cached)} cached, {len(self._free)} free")
+        if any(self._digest_of[block] != digest for digest, block in self._block_of.items()):
+            raise RuntimeError("a block is indexed under a digest that is not its own")
+        if len(self._block_of) != sum(digest is not None for digest in self._digest_of):
+            raise RuntimeError("a block has a digest and cannot be found")
+        if any(self._digest_of[block] is None for block in self._cached):
+            raise RuntimeError("a block is cached without content")
+        if any(self._digest_of[block] is not None for block in self._free):
+            raise RuntimeError("a block is free and can be found")

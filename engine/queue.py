@@ -1,15 +1,19 @@
 """Who is next: priorities first, then equal shares of tokens between tenants, then order of arrival.
 
-Shares follow the virtual token counters of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): each tenant has a
-counter of the tokens served to it, the smallest counter goes first, and a tenant that comes back from idling is lifted to the
-counter last served, so that it cannot save up.
+Shares follow the virtual token counters of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). Within a priority
+each tenant has a counter of the tokens served to it, and the smallest counter goes first. A tenant that comes back from idling is
+lifted to the counter that was served last, so that it cannot save up. Priorities do not share counters: whatever a high one was
+served says nothing about whose turn it is among those who waited meanwhile.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, Protocol, TypeVar
+
+REMEMBERED = 1024  # tenants a priority, besides the queued ones, whose counters outlive a sweep
+SWEEP = 4096  # pushes, at least, between two sweeps
 
 
 class Waiting(Protocol):
@@ -27,64 +31,100 @@ W = TypeVar("W", bound=Waiting)
 
 
 class FairQueue(Generic[W]):
-    __slots__ = ("_heaps", "_lines", "_served", "_virtual_time", "waiting")
+    __slots__ = ("_active", "_levels", "_pushes", "_sweep_at")
 
     def __init__(self) -> None:
-        self._lines: dict[tuple[int, str], deque[W]] = {}  # (priority, tenant) → who came first
-        self._heaps: dict[int, list[tuple[int, str]]] = {}  # priority → (counter when pushed, tenant); counters only grow
-        self._served: dict[str, int] = {}
-        self._virtual_time = 0
-        self.waiting = 0  # entries, gone ones included until they are met
+        self._levels: dict[int, _Level[W]] = {}  # by priority
+        self._active: dict[int, _Level[W]] = {}  # those of them with someone in line
+        self._pushes, self._sweep_at = 0, SWEEP
+
+    def priorities(self) -> set[int]:
+        """Where someone may be waiting."""
+        return set(self._active)
 
     def push(self, entry: W, *, front: bool = False) -> None:
         """Queue an entry; `front` puts it before its tenant's others of the same priority (it was running already)."""
-        key = (entry.priority, entry.tenant)
-        line = self._lines.get(key)
+        self._pushes += 1
+        if self._pushes >= self._sweep_at:
+            self._sweep()
+        level = self._active[entry.priority] = self._levels.get(entry.priority) or _Level()
+        self._levels[entry.priority] = level
+        line = level.lines.get(entry.tenant)
         if line is None:
-            line = self._lines[key] = deque()
-            self._served[entry.tenant] = max(self._served.get(entry.tenant, 0), self._virtual_time)
-            heapq.heappush(self._heaps.setdefault(entry.priority, []), (self._served[entry.tenant], entry.tenant))
+            line = level.lines[entry.tenant] = deque()
+            counter = level.served[entry.tenant] = max(level.served.get(entry.tenant, 0), level.turn)
+            heappush(level.heap, (counter, entry.tenant))
         if front:
             line.appendleft(entry)
         else:
             line.append(entry)
-        self.waiting += 1
 
     def head(self) -> W | None:
         """The entry that is next, left in the queue."""
-        while self._heaps:
-            priority = max(self._heaps)
-            heap = self._heaps[priority]
-            while heap:
-                counter, tenant = heap[0]
-                line = self._lines[priority, tenant]
-                while line and line[0].gone:
-                    line.popleft()
-                    self.waiting -= 1
-                if not line:
-                    del self._lines[priority, tenant]
-                    heapq.heappop(heap)
-                elif counter != self._served[tenant]:
-                    heapq.heapreplace(heap, (self._served[tenant], tenant))
-                else:
-                    return line[0]
-            del self._heaps[priority]
+        while self._active:
+            priority = max(self._active)
+            entry = self._active[priority].head()
+            if entry is not None:
+                return entry
+            del self._active[priority]
         return None
 
     def pop(self) -> W:
-        """Take the entry that `head` just returned."""
-        heap = self._heaps[max(self._heaps)]
-        self._virtual_time = max(self._virtual_time, heap[0][0])
-        entry = self._lines[max(self._heaps), heap[0][1]].popleft()
-        self.waiting -= 1
-        return entry
+        """Take the entry that `head` returned; since then nothing of its priority or a higher one was pushed or charged."""
+        level = self._active[max(self._active)]
+        level.turn, tenant = level.heap[0]
+        return level.lines[tenant].popleft()
 
-    def charge(self, tenant: str, tokens: int) -> None:
-        """`tokens` were served to a tenant."""
-        self._served[tenant] = self._served.get(tenant, self._virtual_time) + tokens
+    def charge(self, priority: int, tenant: str, tokens: int) -> None:
+        """`tokens` were served to a tenant, at this priority."""
+        level = self._levels.get(priority)
+        if level is not None:
+            level.served[tenant] = level.served.pop(tenant, level.turn) + tokens  # moved to the end: the order is that of service
 
-    def forget_idle(self, busy: set[str]) -> None:
-        """Drop the counters of tenants that are neither queued nor `busy`, once they have no advantage or debt left to remember."""
-        queued = {tenant for _, tenant in self._lines}
-        for tenant in [t for t, served in self._served.items() if t not in busy and t not in queued and served <= self._virtual_time]:
-            del self._served[tenant]
+    def _sweep(self) -> None:
+        """Drop what is gone but was not met, and counters that nobody is compared with; often enough to bound both, seldom enough to
+        cost nothing."""
+        for level in self._levels.values():
+            level.sweep()
+        self._active = {priority: level for priority, level in self._levels.items() if level.lines}
+        self._levels = dict(self._active)
+        self._pushes, self._sweep_at = 0, max(SWEEP, sum(level.waiting for level in self._levels.values()))
+
+
+class _Level(Generic[W]):
+    """One priority."""
+
+    __slots__ = ("heap", "lines", "served", "turn")
+
+    def __init__(self) -> None:
+        self.lines: dict[str, deque[W]] = {}  # tenant → who came first
+        self.heap: list[tuple[int, str]] = []  # (counter when pushed, tenant) of each line; counters only grow
+        self.served: dict[str, int] = {}
+        self.turn = 0  # the counter served last; no line has a smaller one
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(line) for line in self.lines.values())
+
+    def head(self) -> W | None:
+        while self.heap:
+            counter, tenant = self.heap[0]
+            line = self.lines[tenant]
+            while line and line[0].gone:
+                line.popleft()
+            if not line:
+                del self.lines[tenant]
+                heappop(self.heap)
+            elif counter != self.served[tenant]:
+                heapreplace(self.heap, (self.served[tenant], tenant))
+            else:
+                return line[0]
+        return None
+
+    def sweep(self) -> None:
+        lines = {tenant: deque(entry for entry in line if not entry.gone) for tenant, line in self.lines.items()}
+        self.lines = {tenant: line for tenant, line in lines.items() if line}
+        recent = set(list(self.served)[-REMEMBERED:])
+        self.served = {tenant: served for tenant, served in self.served.items() if tenant in self.lines or tenant in recent}
+        self.heap = [(self.served[tenant], tenant) for tenant in self.lines]
+        heapify(self.heap)
