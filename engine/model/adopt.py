@@ -1,0 +1,255 @@
+"""Adopting a transformers causal language model: its own code runs, with our attention, our linear layers and our KV cache.
+
+Every fact about its attention is *measured* by one probe forward, not read from its config, because families differ in where they say
+what: windows exist as arguments or only inside masks, scalings change from layer to layer, some families ignore the attention interface
+without a word. Whatever the probe does not understand is refused by name; nothing is served wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape
+from penstock.engine.model.linear import Linear
+from penstock.engine.model.spec import ModelError
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KEY = "penstock"  # our attention under transformers' interface; no mask function goes by this name, so no mask is ever built
+PROBE = "penstock_probe"  # the same for the probe, with a mask function that returns a `MaskFacts` in place of a mask
+PROBE_TOKENS = 8
+HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # tensors that a layer may pass and we need not know
+
+
+class Model(Protocol):
+    """What a runner needs of a model, however it is built."""
+
+    layers: tuple[LayerShape, ...]
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
+        """Give each attention layer its part of the pool, and all of them the backend that holds the step."""
+        ...
+
+    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
+        """One step. `ids` and `positions` int64 `[tokens]`; `rows` int64 `[n]`: the tokens whose logits are asked for. Returns logits
+        `[n, vocab_size]` after all that the family does to them. `keep`: `more` will be called."""
+        ...
+
+    def more(self, rows: Tensor) -> Tensor:
+        """Logits of other tokens of the last step, which was run with `keep`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFacts:
+    """Stands where a layer's mask would be during the probe."""
+
+    local_size: int | None
+    sees: Callable[..., Any]  # (batch, head, query position, key position) -> whether the query sees the key
+
+
+@dataclass(slots=True)
+class Probe:
+    """Hangs on an attention module during the probe. `calls` are `(kv_heads and dims, arguments)` in the order of arrival."""
+
+    order: list[nn.Module]
+    calls: list[tuple[LayerShape, Any, dict[str, Any]]] = field(default_factory=list)
+
+
+class AdoptedModel:
+    """A transformers model whose attention and linear layers are the engine's: a `Model`.
+
+    Raises `ModelError` (unsupported_model) for a family that cannot be adopted.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self.module = module
+        self.dtype: torch.dtype = module.dtype
+        self.device: torch.device = module.device
+        self.vocab_size = int(module.config.get_text_config().vocab_size)
+        _register()
+        self.sites, self.layers, before = _probe(module)
+        _replace_linears(module)
+        _, _, after = _probe(module)
+        if not torch.allclose(before, after, rtol=0.0, atol=_tolerance(before)):
+            raise _refusal(module, "its logits changed when its linear layers were replaced, so it uses them in some other way")
+        module.set_attn_implementation(KEY)
+        self.body = Replay(module.base_model) if module.base_model is not module else None
+
+    def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
+        for site, shape, (keys, values) in zip(self.sites, self.layers, pool.layers, strict=True):
+            site.paged = LayerAttention(shape, keys, values, backend)  # type: ignore[assignment]
+
+    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
+        if self.body is not None:
+            self.body.keep = keep
+        return self._run(ids, positions, rows)
+
+    def more(self, rows: Tensor) -> Tensor:
+        if self.body is None or self.body.kept is None:
+            raise RuntimeError("this family's head cannot be run again on its own")
+        self.body.replay = True
+        try:
+            return self._run(rows[:1], rows[:1], rows)
+        finally:
+            self.body.replay = False
+
+    def _run(self, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        out = self.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+class Replay:
+    """Takes the place of the forward of the model without its head: it can keep what came out, and give it again. So the family's own
+    head, with all that comes after it, can be run on a slice of the tokens at a time."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self.run: Callable[..., Any] = body.forward
+        self.keep = self.replay = False
+        self.kept: Any = None
+        body.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replay:
+            return self.kept
+        out = self.run(*args, **kwargs)
+        self.kept = out if self.keep else None
+        return out
+
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, s_aux: Tensor | None = None, **_: Any) -> Any:
+    """Our function under transformers' attention interface: everything is known from the probe, but the sinks' values."""
+    paged: Any = module.paged
+    return paged(query, key, value, s_aux), None
+
+
+def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """The probe's attention: each token sees only itself, so that values, and the layers after them, take part in the logits."""
+    probe: Any = module.paged
+    shape = LayerShape(
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        head_dim=key.shape[3],
+        value_dim=value.shape[3],
+        scaling=float(kwargs.get("scaling") or query.shape[3] ** -0.5),
+        softcap=None if kwargs.get("softcap") is None else float(kwargs["softcap"]),
+        window=kwargs.get("sliding_window"),
+        sinks=kwargs.get("s_aux") is not None,
+    )
+    probe.order.append(module)
+    probe.calls.append((shape, mask, {**kwargs, "tokens": (query.shape[2], key.shape[2])}))
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
+
+
+def _mask_facts(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> MaskFacts:
+    return MaskFacts(local_size, mask_function)
+
+
+def _register() -> None:
+    """transformers keeps these by name for the whole process; registering again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(KEY, attend)
+    AttentionInterface.register(PROBE, _observe)
+    AttentionMaskInterface.register(PROBE, _mask_facts)
+
+
+def _probe(module: PreTrainedModel) -> tuple[tuple[nn.Module, ...], tuple[LayerShape, ...], Tensor]:
+    """Run a few tokens; returns the attention modules and their shapes in order of use, and the logits."""
+    module.set_attn_implementation(PROBE)
+    if module.config._attn_implementation != PROBE:
+        raise _refusal(module, "it does not take an attention implementation")
+    order: list[nn.Module] = []
+    for part in module.modules():
+        part.paged = Probe(order)
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=module.device) % int(module.config.get_text_config().vocab_size)
+    try:
+        with torch.inference_mode():
+            out = module(input_ids=ids[None], use_cache=False, logits_to_keep=torch.arange(PROBE_TOKENS, device=module.device))
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+        raise _refusal(module, f"a probe of it failed: {type(error).__name__}: {error}") from error
+    found: list[tuple[nn.Module, Any]] = [(part, part.paged) for part in order]
+    for part in module.modules():
+        del part.paged
+    layers = int(module.config.get_text_config().num_hidden_layers)
+    if len(found) != layers or len({id(part) for part, _ in found}) != layers:
+        raise _refusal(
+            module,
+            f"{len(found)} of its {layers} layers attend through transformers' AttentionInterface; the others ignore it, or "
+            "keep a recurrent, convolutional or shared state",
+        )
+    shapes = tuple(_shape(module, *probe.calls[0]) for _, probe in found)
+    logits: Tensor = out.logits[0].float()
+    if logits.shape != (PROBE_TOKENS, int(module.config.get_text_config().vocab_size)):
+        raise _refusal(module, f"its logits have the shape {tuple(logits.shape)}")
+    return tuple(part for part, _ in found), shapes, logits
+
+
+def _shape(module: PreTrainedModel, shape: LayerShape, mask: Any, given: dict[str, Any]) -> LayerShape:
+    """Check what one layer asked for, and add the window that only its mask knows."""
+    if given["tokens"] != (PROBE_TOKENS, PROBE_TOKENS):
+        raise _refusal(module, "a layer attends to something other than the sequence itself")
+    odd = [name for name, value in given.items() if isinstance(value, Tensor) and name not in (*HARMLESS, "s_aux")]
+    if odd:
+        raise _refusal(module, f"a layer adds to its attention: {', '.join(odd)}")
+    if not isinstance(mask, MaskFacts):
+        raise _refusal(module, "a layer builds a mask of its own")
+    window = mask.local_size
+    if shape.window is not None and window is not None and shape.window != window:
+        raise _refusal(module, f"a layer's window is {shape.window}, but its mask's {window}")
+    if shape.window is not None and window is None:
+        window = shape.window
+    elif not _is_window(mask.sees, window):
+        raise _refusal(module, "a layer's mask is neither causal nor a sliding window")
+    return LayerShape(shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim, shape.scaling, shape.softcap, window, shape.sinks)
+
+
+def _is_window(sees: Callable[..., Any], window: int | None) -> bool:
+    """Whether a mask function is causal, within the last `window` positions if one is given: asked at the window's edges."""
+    size = 16 if window is None else window
+    edges = {0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size + 1, 3 * size + 5}
+    first = torch.zeros((), dtype=torch.long)
+    for query in edges:
+        keys = {query - size - 1, query - size, query - size + 1, query - 1, query, query + 1, query // 2, 0}
+        for key in keys:
+            if key < 0:
+                continue
+            expected = key <= query and (window is None or key > query - window)
+            try:
+                if bool(sees(first, first, torch.tensor(query), torch.tensor(key))) != expected:
+                    return False
+            except (RuntimeError, IndexError, TypeError):
+                return False
+    return True
+
+
+def _replace_linears(module: nn.Module) -> None:
+    """Every `nn.Linear`, and GPT-2's `Conv1D`, whose weight lies the other way round, becomes a `Linear`. A weight that is also an
+    embedding lives on there."""
+    from transformers.pytorch_utils import Conv1D
+
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            part: Any = child
+            if type(child) is nn.Linear:
+                setattr(parent, name, Linear(part.weight, part.bias))
+            elif type(child) is Conv1D:
+                setattr(parent, name, Linear(part.weight.t().contiguous(), part.bias))
+
+
+def _tolerance(logits: Tensor) -> float:
+    """Far above what another order of summing does, far below what a layer left out does."""
+    return 0.3 * (float(logits.std()) + 1e-6)
+
+
+def _refusal(module: PreTrainedModel, reason: str) -> ModelError:
+    return ModelError("unsupported_model", f"{module.config.model_type}: not supported, because {reason}")

@@ -1,0 +1,80 @@
+"""The one linear layer of the engine. What the weights look like is a *method*, so that quantization can come as another one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PACK_FOR = 64  # rows that oneDNN chooses its blocking for: measured best, or near it, at every batch from 1 to 512
+
+
+class LinearMethod(Protocol):
+    """Holds the weights of one layer and multiplies with them."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` `[..., in]` to `[..., out]`, same dtype."""
+        ...
+
+
+class Dense:
+    """`x @ weight.T + bias`, with the weight `[out, in]` as it is."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Packed:
+    """The same on a CPU, with the weight in oneDNN's blocked layout, packed once: torch's own float32 path packs it at every call,
+    which costs 1.3 to 4 times the product at up to 64 rows."""
+
+    __slots__ = ("bias", "multiply", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR)
+        self.bias = bias
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this build of torch has the packed product for such a weight."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+class Linear(nn.Module):
+    """Takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
+
+    `weight` is `[out, in]`, `bias` `[out]` or None. Where the weight was packed, `weight` becomes a stand-in of the same shape, dtype and
+    device that takes no memory and is NaN all over: family code may look at it, and whatever would compute with it fails loudly.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        self.out_features, self.in_features = weight.shape
+        self.method: LinearMethod
+        if can_pack(weight):
+            self.method = Packed(weight, bias)
+            weight = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        else:
+            self.method = Dense(weight, bias)
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method(x)
