@@ -1,0 +1,173 @@
+"""The client for asyncio: many streams on one connection, in any asyncio program (under anyio: with its asyncio backend)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from penstock.actors.messages import Generate, List, Status
+
+from .address import default_address
+from .aio_map import map_prompts
+from .aio_stream import AsyncStream, Bell
+from .connection import Connection
+from .errors import ClientClosed
+from .inbox import Inbox, restore
+from .link import Keys
+from .order import Message, Prompt, build, check_positive, refuse
+from .pump import Pump, running_here
+from .values import Completion, Outcome
+
+
+class AsyncClient:
+    """A connection to the engine at `address` (none: the one that `penstock serve` started last on this machine).
+
+        async with AsyncClient() as client:
+            async for chunk in client.stream("Once upon a time", max_tokens=50):
+                print(chunk.text, end="")
+
+    Opening waits up to `connect_timeout` seconds for an engine that is ready. When the connection breaks it is made again, and every
+    open request carries on from what was received; requests fail with `ConnectionLost` once no engine has answered for `patience` seconds.
+    `tenant` is whom the requests are counted for, `name` appears in the engine's status, `keys` are for an engine on another machine.
+
+    A client belongs to the event loop in which it was opened. The lease is renewed by that loop: code that blocks it for longer than the
+    engine's lease (10 seconds unless configured) makes its requests end there; they resume by themselves when the loop runs again. In
+    a forked child a client makes a connection of its own; streams of the parent stay with the parent.
+    """
+
+    def __init__(
+        self, address: str | None = None, *, name: str = "", tenant: str = "", connect_timeout: float | None = 60.0, patience: float = 30.0,
+        keys: Keys | None = None,
+    ) -> None:  # fmt: skip
+        self.address = address
+        self._name, self._tenant, self._keys = name, tenant, keys
+        self._connect_timeout = None if connect_timeout is None else check_positive("connect_timeout", connect_timeout)
+        self._patience = check_positive("patience", patience)
+        self._pump: Pump | None = None
+
+    async def open(self, ready: bool = True) -> None:
+        """Connect. `ready=False` does not wait: requests and `status` wait for the engine themselves. Raises `ConnectionLost` if no
+        engine answers, `Unavailable` if it does not become ready in time, `InvalidRequest` for an address that cannot be."""
+        if self._pump is None:
+            self._pump = self._new_pump()
+        try:
+            if ready:
+                await self._pump.wait_ready(self._connect_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave: open requests end in the engine at once, and raise `ClientClosed` here."""
+        if self._pump is not None and self._pump.pid == os.getpid():
+            self._pump.close()
+        self._pump = None
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Facts about the model that is served; empty before the engine is ready."""
+        welcome = self._here().connection.welcome
+        return {} if welcome is None else dict(welcome.model)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The engine's limits; empty before it is ready."""
+        welcome = self._here().connection.welcome
+        return {} if welcome is None else dict(welcome.limits)
+
+    def stream(self, prompt: Prompt, **params: Any) -> AsyncStream:
+        """Begin a request and read it as it runs. `prompt` is text, or token ids. `params` are the fields of `SamplingParams` and
+        `PromptOptions` (or `params=SamplingParams(…)`), and `request` (an id of your own), `adapter`, `priority` (higher runs first),
+        `tenant`, `deadline` and `queue_timeout` (seconds). Raises `InvalidRequest`; all else is raised by the stream."""
+        return self._stream(build(prompt, **self._defaults(params)))
+
+    async def generate(self, prompt: Prompt, **params: Any) -> Completion:
+        """The whole completion; parameters as of `stream`. Raises what the request failed with. Cancelling the task cancels it."""
+        return await self.stream(prompt, **params).completion()
+
+    def chat_stream(self, messages: Sequence[Message], **params: Any) -> AsyncStream:
+        """Like `stream`, for a chat: maps with `role` and `content`, rendered by the model's chat template."""
+        return self._stream(build(messages=messages, **self._defaults(params)))
+
+    async def chat(self, messages: Sequence[Message], **params: Any) -> Completion:
+        """Like `generate`, for a chat."""
+        return await self.chat_stream(messages, **params).completion()
+
+    def resume(self, saved: Mapping[str, Any]) -> AsyncStream:
+        """Carry on from `stream.save()`, in this program or another, on an engine with the same model (another fails it with
+        `DigestMismatch`): the stream gives what comes after what was saved, and its completion is whole. Raises `InvalidRequest`."""
+        pump, bell = self._here(), Bell()
+        inbox = restore(saved, bell.ring, pump.loop.time())
+        pump.start(inbox)
+        return AsyncStream(pump, inbox, bell)
+
+    def cancel(self, *requests: str) -> None:
+        """End requests of this client by id. Unknown ids are ignored."""
+        self._here().cancel(*requests)
+
+    async def requests(self) -> list[dict[str, Any]]:
+        """The client's open requests, as the engine sees them: request, state, prompt_tokens, generated_tokens, age (seconds)."""
+        return [dict(row) for row in await self._ask(List)]
+
+    async def status(self) -> dict[str, Any]:
+        """The engine's report: state, model, requests, tokens, scheduler, actors."""
+        return dict(await self._ask(Status))
+
+    def map(
+        self,
+        prompts: Iterable[Any] | AsyncIterable[Any],
+        *,
+        concurrency: int = 64,
+        ordered: bool = True,
+        retries: int = 10,
+        **params: Any,
+    ) -> AsyncIterator[Outcome]:
+        """An outcome for each prompt: a completion or an error, so that one bad prompt does not end the others. A prompt is text, token
+        ids, a list of messages, or a map of arguments of `generate`. At most `concurrency` run at once; prompts are taken from their
+        source as places become free, and results are in order or as completed. What the engine is too busy for is asked for again, at
+        most `retries` times. Leaving the loop cancels what runs. An error of the source itself is raised after what it had given."""
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise refuse("concurrency", concurrency, "an integer above 0")
+        return map_prompts(self._here(), prompts, concurrency, ordered, retries, self._defaults(params))
+
+    def _stream(self, order: Generate) -> AsyncStream:
+        pump, bell = self._here(), Bell()
+        inbox = Inbox(order, bell.ring, pump.loop.time())
+        pump.start(inbox)
+        return AsyncStream(pump, inbox, bell)
+
+    async def _ask(self, kind: type[List] | type[Status]) -> Any:
+        pump, bell = self._here(), Bell()
+        bell.future = pump.loop.create_future()
+        query = pump.connection.ask(kind, bell.ring, pump.loop.time())
+        pump.kick()
+        await bell.future
+        if query.error is not None:
+            raise query.error
+        return query.answer
+
+    def _defaults(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {"tenant": self._tenant, **params}
+
+    def _here(self) -> Pump:
+        """The pump of this process and loop; a forked child gets a new one, and must not touch what it inherited."""
+        if self._pump is None:
+            raise ClientClosed("the client is not open: use `async with AsyncClient(…) as client`")
+        if not running_here(self._pump):
+            self._pump = self._new_pump()
+        return self._pump
+
+    def _new_pump(self) -> Pump:
+        address = self.address or default_address()
+        return Pump(address, self._keys, Connection(uuid.uuid4().hex, self._name, self._patience, asyncio.get_running_loop().time()))
