@@ -43,6 +43,7 @@ from penstock.actors.messages import (
 )
 from penstock.actors.resolve import Model, Resolved
 from penstock.actors.sessions import Session, Sessions
+from penstock.actors.status import list_requests, status_report
 from penstock.actors.wire import WireError
 
 JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
@@ -295,42 +296,14 @@ class GatewayActor(Actor):
     # ── what comes back ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _released(self, message: Released) -> None:
-        entries = self.journal.entries
-        handles = memoryview(message.handles).cast("q").tolist()
-        attempts = memoryview(message.attempts).cast("i").tolist()
-        offsets = memoryview(message.offsets).cast("i").tolist()
-        counts = memoryview(message.counts).cast("i").tolist()
-        ids = array("i", message.ids)
-        at = 0
-        gaps: list[Entry] = []
-        for handle, attempt, offset, count, text in zip(handles, attempts, offsets, counts, message.texts, strict=True):
-            begin, at = at, at + count
-            entry = entries.get(handle)
-            if entry is None or entry.attempt != attempt:
-                continue
-            if offset != len(entry.ids):
-                if offset > len(entry.ids):
-                    gaps.append(entry)
-                continue
-            entry.release(count, ids[begin:at], text)
-            entry.request.session.mark(entry)
-        self.totals["generated_tokens"] += len(ids)
-        for kind, rows in (("prompt", message.prompts), ("token", message.details)):
-            for handle, attempt, tokens in rows:
-                entry = entries.get(handle)
-                if entry is not None and entry.attempt == attempt:
-                    entry.details.append((entry.stream, "prompt", tokens) if kind == "prompt" else (entry.stream, tokens))
-                    entry.request.session.mark(entry)
-        for handle, attempt, reason, facts in message.ends:
-            entry = entries.get(handle)
-            if entry is not None and entry.attempt == attempt and entry not in gaps:
-                if facts.get("generated", len(entry.ids)) != len(entry.ids):
-                    gaps.append(entry)  # the last rows of the stream were lost
-                elif reason == "error":
-                    self._fail(entry.request, Fault(code=facts.get("code", "engine_fault"), message=facts.get("error", "")))
-                else:
-                    self._end(entry, reason, facts)
-        for entry in gaps:
+        taken = self.journal.take(message)
+        self.totals["generated_tokens"] += taken.tokens
+        for entry, reason, facts in taken.ends:
+            if reason == "error":
+                self._fail(entry.request, Fault(code=facts.get("code", "engine_fault"), message=facts.get("error", "")))
+            else:
+                self._end(entry, reason, facts)
+        for entry in taken.gaps:
             self.hand_over(entry)
         if message.number % JOURNALED_EVERY == 0:
             self.mail.send(SCHEDULER, Journaled(message.index, message.number))
@@ -374,44 +347,12 @@ class GatewayActor(Actor):
         self.vitals = message.actors
 
     def _list(self, session: Session, message: List) -> None:
-        now = time.monotonic()
-        rows = [
-            {
-                "request": request.id,
-                "state": "tokenizing" if not request.entries else "ended" if request.ended else "open",
-                "prompt_tokens": request.resolved.prompt_tokens if request.resolved is not None else 0,
-                "generated_tokens": sum(len(entry.ids) for entry in request.entries),
-                "age": now - request.arrived,
-            }
-            for request in session.requests.values()
-            if request.told is None
-        ]
-        self.door.send(session.identity, Listing(message.query, tuple(rows)))
+        self.door.send(session.identity, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
 
     def _status(self, session: Session, message: Status) -> None:
-        loads = {row[0]: row[6] for row in self.vitals}
-        scheduler = dict(loads.get("scheduler", {}))
-        if scheduler.get("steps"):
-            scheduler["batch_mean"] = scheduler["rows"] / scheduler["steps"]
-        model = self.model
-        report = {
-            "state": "draining" if self.draining else "ready" if self.opened else "starting",
-            "model": {"name": model.name, "digest": model.digest, "max_model_len": model.max_model_len} if model is not None else {},
-            "requests": {
-                "open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs),
-                **{name: self.totals[name] for name in ("finished", "failed")},
-                "total": self.totals["requests"],
-            },
-            "tokens": {"generated": self.totals["generated_tokens"], "prompt": self.totals["prompt_tokens"]},
-            "clients": len(self.sessions),
-            "chunks": self.totals["chunks"],
-            "hand_overs": self.totals["hand_overs"],
-            "scheduler": scheduler,
-            "actors": [
-                {"kind": kind, "index": index, "incarnation": incarnation, "state": state, "pid": pid, "progress": progress}
-                for kind, index, incarnation, state, pid, progress, _ in self.vitals
-            ],
-        }
+        state = "draining" if self.draining else "ready" if self.opened else "starting"
+        counts = {"open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs), **self.totals}
+        report = status_report(state, self.model, counts, len(self.sessions), self.vitals)
         self.door.send(session.identity, Report(message.query, report))
 
     def load(self) -> dict[str, Any]:

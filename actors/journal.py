@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from penstock.actors.messages import Released
 from penstock.actors.resolve import Resolved
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ class Entry:
     base: int = 0  # ids that the client brought along; there are no pieces of them
     counts: list[int] = field(default_factory=list)  # tokens of each piece
     texts: list[str] = field(default_factory=list)  # text of each piece
-    details: list[Any] = field(default_factory=list)  # log-probabilities not yet sent
+    logprobs: list[Any] = field(default_factory=list)  # of each token after `base`, if asked for
+    prompt_logprobs: list[Any] | None = None
+    told_prompt: bool = False
     sent_pieces: int = 0
     sent_ids: int = 0
     stream: int = 0  # its number on the client's connection
@@ -48,7 +51,7 @@ class Entry:
             piece += 1
         if at != len(received):
             return False
-        self.sent_pieces, self.sent_ids, self.told_end = piece, at, False
+        self.sent_pieces, self.sent_ids, self.told_end, self.told_prompt = piece, at, False, False
         return True
 
 
@@ -85,6 +88,15 @@ class OpenRequest:
         }
 
 
+@dataclass(slots=True)
+class Taken:
+    """What a message of released rows brought: tokens journaled, streams that ended, and streams of which something is missing."""
+
+    tokens: int = 0
+    ends: list[tuple[Entry, str, dict[str, Any]]] = field(default_factory=list)
+    gaps: list[Entry] = field(default_factory=list)
+
+
 class Journal:
     """Entries by handle. The gateway's incarnation is in the upper half of a handle, so that a new one never repeats an old one."""
 
@@ -104,3 +116,45 @@ class Journal:
         """The stream has ended: rows for it are no longer taken. Its tail stays with its request until the client has it."""
         if self.entries.pop(entry.handle, None) is not None and entry.request.resolved is not None:
             self.prompt_tokens -= entry.request.resolved.prompt_tokens
+
+    def take(self, message: Released) -> Taken:
+        """Journal what is fresh: of the current attempt, and from where the journal ends. Marks the entries for their clients."""
+        taken = Taken()
+        entries = self.entries
+        ids, at = array("i", message.ids), 0
+        for handle, attempt, offset, count, text in zip(
+            memoryview(message.handles).cast("q").tolist(),
+            memoryview(message.attempts).cast("i").tolist(),
+            memoryview(message.offsets).cast("i").tolist(),
+            memoryview(message.counts).cast("i").tolist(),
+            message.texts,
+            strict=True,
+        ):
+            begin, at = at, at + count
+            entry = entries.get(handle)
+            if entry is None or entry.attempt != attempt:
+                continue
+            if offset == len(entry.ids):
+                entry.release(count, ids[begin:at], text)
+                taken.tokens += count
+                entry.request.session.mark(entry)
+            elif offset > len(entry.ids):
+                taken.gaps.append(entry)
+        for handle, attempt, tokens in message.prompts:
+            entry = entries.get(handle)
+            if entry is not None and entry.attempt == attempt:
+                entry.prompt_logprobs = tokens
+                entry.request.session.mark(entry)
+        for handle, attempt, tokens in message.details:
+            entry = entries.get(handle)
+            if entry is not None and entry.attempt == attempt and entry not in taken.gaps:
+                entry.logprobs += tokens
+        for handle, attempt, reason, facts in message.ends:
+            entry = entries.get(handle)
+            if entry is None or entry.attempt != attempt or entry in taken.gaps:
+                continue
+            if facts.get("generated", len(entry.ids)) == len(entry.ids):
+                taken.ends.append((entry, reason, facts))
+            else:
+                taken.gaps.append(entry)  # its last rows were lost
+        return taken

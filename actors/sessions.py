@@ -61,16 +61,18 @@ class Session:
         self.number += 1
         for entry in self.dirty.values():
             pieces = len(entry.counts)
+            if entry.prompt_logprobs is not None and not entry.told_prompt:
+                details.append((entry.stream, "prompt", entry.prompt_logprobs))
+                entry.told_prompt = True
             if entry.sent_pieces < pieces:
+                if entry.logprobs:
+                    details.append((entry.stream, entry.logprobs[entry.sent_ids - entry.base :]))
                 streams.append(entry.stream)
                 total = len(entry.ids)
                 counts.append(total - entry.sent_ids)
                 ids.extend(entry.ids[entry.sent_ids :])
                 texts.append(entry.texts[-1] if pieces - entry.sent_pieces == 1 else "".join(entry.texts[entry.sent_pieces :]))
                 entry.sent_pieces, entry.sent_ids = pieces, total
-            if entry.details:
-                details += entry.details
-                entry.details = []
             if entry.ended is not None and not entry.told_end:
                 ends.append((entry.stream, *entry.ended))
                 entry.told_end = True

@@ -1,0 +1,45 @@
+"""What the gateway tells about the engine, and about a client's own requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.actors.resolve import Model
+from penstock.actors.sessions import Session
+
+
+def list_requests(session: Session, now: float) -> list[dict[str, Any]]:
+    """The client's open requests; `age` in seconds."""
+    return [
+        {
+            "request": request.id,
+            "state": "tokenizing" if not request.entries else "ended" if request.ended else "open",
+            "prompt_tokens": request.resolved.prompt_tokens if request.resolved is not None else 0,
+            "generated_tokens": sum(len(entry.ids) for entry in request.entries),
+            "age": now - request.arrived,
+        }
+        for request in session.requests.values()
+        if request.told is None
+    ]
+
+
+def status_report(state: str, model: Model | None, counts: dict[str, int], clients: int, vitals: tuple[Any, ...]) -> dict[str, Any]:
+    """The engine's report. `counts` are the gateway's, `vitals` the supervisor's rows `[kind, index, incarnation, state, pid,
+    progress, load]`, at most a second old."""
+    scheduler = next((dict(row[6]) for row in vitals if row[0] == "scheduler"), {})
+    if scheduler.get("steps"):
+        scheduler["batch_mean"] = scheduler["rows"] / scheduler["steps"]
+    return {
+        "state": state,
+        "model": {"name": model.name, "digest": model.digest, "max_model_len": model.max_model_len} if model is not None else {},
+        "requests": {"open": counts["open"], "total": counts["requests"], "finished": counts["finished"], "failed": counts["failed"]},
+        "tokens": {"generated": counts["generated_tokens"], "prompt": counts["prompt_tokens"]},
+        "clients": clients,
+        "chunks": counts["chunks"],
+        "hand_overs": counts["hand_overs"],
+        "scheduler": scheduler,
+        "actors": [
+            {"kind": kind, "index": index, "incarnation": incarnation, "state": state, "pid": pid, "progress": progress}
+            for kind, index, incarnation, state, pid, progress, _ in vitals
+        ],
+    }
