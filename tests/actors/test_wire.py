@@ -104,7 +104,8 @@ def measure(value: object, depth: int = 0) -> tuple[int, int]:
 def test_the_budget_is_exact(value: object) -> None:
     frame, (elements, depth) = msgpack.packb(value), measure(value)
     check_budget(frame, Limits(bytes=len(frame), elements=elements, depth=depth))
-    for limits in (Limits(len(frame) - 1, elements, depth), Limits(len(frame), elements - 1, depth), Limits(len(frame), elements, depth - 1)):
+    size = len(frame)
+    for limits in (Limits(size - 1, elements, depth), Limits(size, elements - 1, depth), Limits(size, elements, depth - 1)):
         if min(limits.elements, limits.depth) >= 0 and (limits.depth == depth or depth > 0):
             with pytest.raises(WireError):
                 check_budget(frame, limits)
