@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import zmq
+
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.log import Log

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from penstock.actors.messages import Step, StepDone, Submit
 from penstock.engine.plan import Fill, Int32, StepPlan, StepResult, TopLogprobs
 from penstock.engine.request import Request, Sampler

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+
 from penstock.actors.errors import Refusal
 from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
 from penstock.actors.wire import Limits, WireError

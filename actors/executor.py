@@ -7,6 +7,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import zmq
+
 from penstock.actors.actor import SCHEDULER, Actor, Peer, PeerKey
 from penstock.actors.columns import done_from_result, plan_from_step
 from penstock.actors.config import EngineConfig

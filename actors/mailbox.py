@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import zmq
+
 from penstock.actors.messages import INSIDE
 
 LINGER_MS = 500  # a last word to the supervisor may still be on its way when an actor closes

@@ -22,6 +22,7 @@ from dataclasses import fields
 from typing import Any
 
 import zmq
+
 from penstock.actors.actor import Actor, Post
 from penstock.actors.config import EngineConfig
 from penstock.actors.log import open_log

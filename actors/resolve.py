@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+
 from penstock.actors.columns import int32
 from penstock.actors.errors import Refusal
 from penstock.engine.params import InvalidParameter, SamplingParams

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
 from penstock.actors.actor import EXECUTOR, GATEWAY, HEARTBEAT_S, Actor, Peer, PeerKey
 from penstock.actors.columns import int64, request_from, result_from_done, step_from_plan, token_rows
 from penstock.actors.messages import Abort, Begin, Emitted, Journaled, StepDone, Submit

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 import zmq
+
 from penstock.actors.actor import GATEWAY, HEARTBEAT_S, PeerKey, Post
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal

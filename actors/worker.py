@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import zmq
+
 from penstock.actors.actor import Post
 from penstock.actors.errors import Fault
 from penstock.actors.process import build_actor, post_to_json

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgpack
+
 from penstock.actors.messages import Generate
 
 from .errors import InvalidRequest, PenstockError, ProtocolError, from_wire

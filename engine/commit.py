@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from penstock.engine.plan import Int32, TopLogprobs
+
+from penstock.engine.plan import Int32, StepPlan, TopLogprobs
 
 PromptLogprobs = tuple[int, int, TopLogprobs]  # handle, attempt, the prompt's tokens from the second on
 
@@ -50,3 +51,8 @@ class Counters:
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+
+    def count(self, plan: StepPlan) -> None:
+        self.steps += 1
+        self.rows += len(plan.slots)
+        self.query_tokens += plan.query_tokens

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from penstock.engine.plan import Fill, Int32, StepPlan, TopLogprobs
 from penstock.engine.request import Tokens
 from penstock.engine.slots import Int64, Slots
-from penstock.engine.stream import Stream
-
-NO_TOKENS: Int32 = np.empty(0, np.int32)
+from penstock.engine.stream import NO_TOKENS, Stream
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from penstock.engine.plan import Int32
 from torch import Tensor
+
+from penstock.engine.plan import Int32
 
 IN_PROMPT = 1 << 30  # added to a token's count if the prompt holds it
 TAIL = 512  # most recent tokens that a bad word is compared with

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from penstock.engine.attention.base import block_bytes
 from penstock.engine.model.adopt import Model
 from penstock.engine.model.spec import ModelError

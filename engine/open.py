@@ -53,6 +53,7 @@ def open_model(
     Where nothing is said: a GPU if there is one; the model's own dtype there, float32 on a CPU; 90 % of a GPU's memory, 30 % of a CPU's.
     """
     import torch
+
     from penstock.engine.memory import Workload, count_blocks
     from penstock.engine.model.adopt import AdoptedModel
     from penstock.engine.model.load import load_model

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from penstock.engine.request import Sampler
 
 Int32 = npt.NDArray[np.int32]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from penstock.engine.blocks import BlockPool
 from penstock.engine.plan import Int32
 from penstock.engine.slots import Slots
@@ -41,14 +43,16 @@ class Prefixes:
                 self._pool.publish(block, digest)
             self._slots.published[stream.slot] = last
 
-    def offer_certain(self, stream: Stream) -> None:
-        """Every block of which all tokens are known and all keys computed."""
+    def offer_known(self, stream: Stream) -> None:
+        """The blocks of which all tokens are known and all keys computed."""
         self.offer(stream, int(self._slots.certain(stream.slot)))
 
     def offer_generated(self, slots: Int32) -> None:
         """The same for blocks that became full in a step. Streams that started together fill their blocks together; so a step offers a
         few of them, twice the average, and the steps after it the others."""
-        full = self._slots.certain(slots) // self._size
-        most = 2 * self._slots.size // self._size + 1
-        for stream in self._slots.at(slots[full > self._slots.published[slots]][:most]):
-            self.offer_certain(stream)
+        if not self.enabled:
+            return
+        certain = self._slots.certain(slots)
+        full = np.flatnonzero(certain // self._size > self._slots.published[slots])[: 2 * self._slots.size // self._size + 1]
+        for stream, tokens in zip(self._slots.at(slots[full]), certain[full].tolist(), strict=True):
+            self.offer(stream, tokens)

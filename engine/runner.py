@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from penstock.engine.attention.base import AttentionBackend, Columns, Int32, KVPool, StepRows
 from penstock.engine.attention.gather import GatherAttention
 from penstock.engine.attention.sparse import SparseAttention
@@ -26,7 +28,6 @@ from penstock.engine.plan import Fill, StepPlan, StepResult, TopLogprobs
 from penstock.engine.request import Sampler
 from penstock.engine.sampling import Logprobs, SlotSampler, top_logprobs
 from penstock.engine.staging import Copied, Here, HostStaging, PinnedStaging, Returned, Staging
-from torch import Tensor
 
 PROMPT_LOGITS = 1 << 25  # logits computed at once for prompt log-probabilities
 Rows = npt.NDArray[np.intp]
@@ -161,7 +162,8 @@ class Runner:
         for fill in plan.fills:
             self.sampler.fill(fill)
         self.table[plan.table_slots, plan.table_columns] = plan.table_blocks
-        rows = StepRows(plan.slots[order], plan.starts[order], plan.counts[order], plan.decodes, self.table)
+        written = (plan.table_slots, plan.table_columns)
+        rows = StepRows(plan.slots[order], plan.starts[order], plan.counts[order], plan.decodes, self.table, written)
         positions = rows.positions()
         lasts = np.cumsum(plan.counts) - 1  # the same in either order: only decodes, of one token each, change places
         sampled_slots = plan.slots[sampling]
@@ -240,5 +242,5 @@ def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBac
     if kind == "triton":
         from penstock.engine.attention.triton import TritonAttention  # Triton comes with CUDA builds of torch only
 
-        return TritonAttention(pool, model.layers)
+        return TritonAttention(pool, model.layers, config.slots, config.columns)
     raise ValueError(f"attention={kind!r}: must be auto, gather, sparse or triton")

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from penstock.engine.attention.base import Columns
 from penstock.engine.history import IN_PROMPT, TAIL, Tails, TokenCounts
 from penstock.engine.noise import draw, id_steps, noise_keys
 from penstock.engine.plan import Fill, Float32, Int32
-from torch import Tensor
 
 SHORTLIST = 256  # on a CPU, top-p looks at so many of the likeliest tokens before it sorts them all
 Rows = npt.NDArray[np.intp]

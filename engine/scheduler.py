@@ -15,16 +15,17 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from penstock.engine.blocks import BlockPool
 from penstock.engine.commit import Commit, Counters, Ended, PromptLogprobs
 from penstock.engine.deadlines import Deadlines
-from penstock.engine.draft import NO_TOKENS, Draft, Launched
-from penstock.engine.plan import Fill, Int32, StepPlan, StepResult
+from penstock.engine.draft import Draft, Launched
+from penstock.engine.plan import Int32, StepPlan, StepResult
 from penstock.engine.prefix import Prefixes
 from penstock.engine.queue import FairQueue
 from penstock.engine.request import Request
 from penstock.engine.slots import Int64, Slots
-from penstock.engine.stream import NOWHERE, Stream, known_tokens
+from penstock.engine.stream import NO_TOKENS, NOWHERE, Stream, known_tokens
 
 __all__ = ["NO_TOKENS", "Commit", "Counters", "Ended", "PromptLogprobs", "Scheduler", "SchedulerConfig"]
 
@@ -131,9 +132,7 @@ class Scheduler:
         plan, launched = step
         self._launched.append(launched)
         self._step += 1
-        self.counters.steps += 1
-        self.counters.rows += len(plan.slots)
-        self.counters.query_tokens += plan.query_tokens
+        self.counters.count(plan)
         return plan
 
     def _decode(self, priority: int, draft: Draft) -> None:
@@ -203,7 +202,7 @@ class Scheduler:
 
     def _fill(self, stream: Stream, hits: list[int], draft: Draft, now: float) -> None:
         """Give a stream a slot, and blocks for all its known tokens, beginning with those of its cached prefix."""
-        request, known, size = stream.request, len(stream.tokens), self.config.block_size
+        known, size = len(stream.tokens), self.config.block_size
         for block in hits:
             self.pool.hold(block)
         stream.blocks = hits + self.pool.allocate(-(-known // size) - len(hits))
@@ -212,11 +211,7 @@ class Scheduler:
         self.counters.prefix_query_tokens += known
         if stream.started is None:
             stream.started, stream.cached_tokens = now, len(hits) * size
-        sampler = request.sampler
-        if sampler.prompt_logprobs >= 0 and not stream.tells_prompt:
-            sampler = replace(sampler, prompt_logprobs=-1)
-        needs_history = sampler.counts_tokens or sampler.bad_words or sampler.prompt_logprobs >= 0
-        draft.fill(Fill(stream.slot, len(request.prompt), sampler, stream.tokens if needs_history else NO_TOKENS), stream.blocks)
+        draft.fill(stream.filling(), stream.blocks)
 
     # ── results ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -291,7 +286,7 @@ class Scheduler:
             self._queue.push(stream, front=True)
 
     def _leave(self, stream: Stream) -> None:
-        self._prefixes.offer_certain(stream)
+        self._prefixes.offer_known(stream)
         self._slots.leave(stream)
         self.pool.release(stream.blocks)
         stream.blocks = []

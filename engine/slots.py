@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from penstock.engine.plan import Int32
 from penstock.engine.request import Tokens
 from penstock.engine.stream import NOWHERE, Stream

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from penstock.engine.attention.base import Columns
 from torch import Tensor
+
+from penstock.engine.attention.base import Columns
 
 ALIGNMENT = 16  # bytes
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
 from penstock.engine.blocks import chain_digest, root_digest
 from penstock.engine.commit import Ended
-from penstock.engine.plan import TopLogprobs
+from penstock.engine.plan import Fill, TopLogprobs
 from penstock.engine.request import Request, Tokens
 
 NOWHERE = -1  # a slot or a stay that nothing has
+NO_TOKENS: Tokens = np.empty(0, np.int32)
 
 
 @dataclass(slots=True, eq=False)
@@ -51,11 +53,6 @@ class Stream:
         return self.request.priority
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Who yields: the smallest rank is preempted first (lowest priority, then newest)."""
-        return (self.request.priority, -self.number)
-
-    @property
     def total(self) -> int:
         """The length, in tokens, at which it ends at the latest."""
         return len(self.request.prompt) + self.request.limit
@@ -76,6 +73,14 @@ class Stream:
                 parent = chain_digest(parent, content[at : at + width])
                 self.digests.append(parent)
         return self.digests
+
+    def filling(self) -> Fill:
+        """How the executor prepares the slot that this stream was just given."""
+        sampler = self.request.sampler
+        if sampler.prompt_logprobs >= 0 and not self.tells_prompt:
+            sampler = replace(sampler, prompt_logprobs=-1)
+        needs_history = sampler.counts_tokens or sampler.bad_words or sampler.prompt_logprobs >= 0
+        return Fill(self.slot, len(self.request.prompt), sampler, self.tokens if needs_history else NO_TOKENS)
 
     def take(self, token: int) -> str | None:
         """A result that came after this stream left its slot. Returns why it ends with it, or None."""

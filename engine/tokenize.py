@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import numpy as np
+
 from penstock.engine.chat import check_messages, render
 from penstock.engine.params import PromptOptions
 from penstock.engine.request import BadWords, Tokens

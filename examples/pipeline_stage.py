@@ -5,6 +5,7 @@ python examples/pipeline_stage.py
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
 from penstock.clients import AsyncClient, alaunch
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from penstock.actors.config import EngineConfig
 from penstock.clients.bench.offline import offline, online
 from penstock.clients.bench.pipeline import pipeline

@@ -9,9 +9,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from penstock.clients.errors import PenstockError
 from rich.console import Console
 from rich.table import Table
+
+from penstock.clients.errors import PenstockError
 
 
 def machine() -> dict[str, Any]:

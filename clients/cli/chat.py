@@ -6,6 +6,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+
 from penstock.clients.errors import InvalidRequest, PenstockError
 from penstock.clients.sync import Client
 from penstock.engine.params import PromptOptions, SamplingParams

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
-from penstock.clients.aio import AsyncClient
-from penstock.clients.launcher import alaunch
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+from penstock.clients.aio import AsyncClient
+from penstock.clients.launcher import alaunch
 
 from .report import reported, stdout
 
@@ -26,6 +27,7 @@ _PROMPTS = (
     "To read a file,", "The with statement", "Iterators are", "class Stack:\n",
 )  # fmt: skip
 _REFRESH = 0.1  # seconds
+_LOOKS = 5
 _SHOWN = 260  # characters of a stream's end
 
 
@@ -78,11 +80,23 @@ async def _demo(streams: int, max_tokens: int, model: str, temperature: float, p
             if console.is_terminal and not plain:
                 await _show(console, seen, readers)
         seconds = time.perf_counter() - begun
-        report = await client.status()
+        report = await _settled(client)
     if not console.is_terminal or plain:
         for index, one in enumerate(seen):
             console.print(f"[{index:>2}] {one.prompt}{one.text}".replace("\n", "\n     "), markup=False)
     console.print(_table(seen, seconds, startup, report))
+
+
+async def _settled(client: AsyncClient) -> dict[str, Any]:
+    """The engine's report, once it knows of all that was done: actors tell what they did about once a second."""
+    before, report = {"steps": -1}, await client.status()
+    for _ in range(_LOOKS):
+        if before == report.get("scheduler"):
+            break
+        before = report.get("scheduler", {})
+        await asyncio.sleep(1.2)
+        report = await client.status()
+    return report
 
 
 async def _read(client: AsyncClient, seen: _Seen, index: int, max_tokens: int, temperature: float) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from penstock.clients.errors import InvalidRequest
 from penstock.clients.jsonl import Output, Row, read_rows, result_row
 from penstock.clients.sync import Client
 from penstock.clients.values import Outcome
 from penstock.engine.params import PromptOptions, SamplingParams
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .options import only_given, with_tables
 from .report import reported, stderr

@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 import typer
+
 from penstock.clients.order import refuse
 
 F = TypeVar("F", bound=Callable[..., Any])

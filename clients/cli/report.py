@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from penstock.clients.errors import InvalidRequest, OutputError, PenstockError, Retryable
 from rich.console import Console
 from rich.markup import escape
+
+from penstock.clients.errors import InvalidRequest, OutputError, PenstockError, Retryable
 
 STATUS_HELP = "Exit status: 0 done, 1 failed, 2 refused input, 74 output cannot be written, 75 try again later, 130 interrupted."
 

@@ -9,13 +9,14 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from rich.live import Live
+from rich.text import Text
+
 from penstock.actors.config import EngineConfig
 from penstock.clients.address import announce
 from penstock.clients.errors import EngineFault, PenstockError
 from penstock.clients.launcher import Engine
 from penstock.clients.sync import Client
-from rich.live import Live
-from rich.text import Text
 
 from .options import only_given, with_tables
 from .report import reported, stderr, stdout

@@ -6,8 +6,9 @@ import json
 from typing import Annotated, Any
 
 import typer
-from penstock.clients.sync import Client
 from rich.table import Table
+
+from penstock.clients.sync import Client
 
 from .report import reported, stdout
 

@@ -40,13 +40,15 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepRows:
-    """The rows of a step on the host: decodes first, then prefill chunks. `table` is the block table of every slot, `[slots, columns]`."""
+    """The rows of a step on the host: decodes first, then prefill chunks. `table` is the block table of every slot, `[slots, columns]`;
+    `written` are the slots and columns of the entries that changed since the step before."""
 
     slots: Int32
     starts: Int32
     counts: Int32
     decodes: int
     table: Int32
+    written: tuple[Int32, Int32]
 
     @property
     def firsts(self) -> Int32:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from penstock.engine.attention.base import Columns, Int32, KVPool, LayerAttention, LayerShape, StepRows
-from penstock.engine.plan import Float32
 from torch import Tensor
 from torch.nn import functional as F
+
+from penstock.engine.attention.base import Columns, Int32, KVPool, LayerAttention, LayerShape, StepRows
+from penstock.engine.plan import Float32
 
 GROUP_TOKENS = 2048  # keys gathered at once: what stays in a core's cache, and large enough to be worth a call
 PIECE_SCORES = 1 << 22  # scores of one prefill call: bounds the mask

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from penstock.engine.attention.base import Columns, KVPool, LayerAttention, LayerShape, StepRows
 from penstock.engine.attention.gather import GatherAttention, Group, Kind, additive, kind_of, weigh
-from torch import Tensor
 
 PADDING = 0.08  # share of padding that rows of one call may bring
 SMALL = 1 << 13  # scores that are not worth another call, whatever the padding

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor, nn
+
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape
 from penstock.engine.model.linear import Linear
 from penstock.engine.model.spec import ModelError
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+
 from penstock.engine.model.spec import ModelError, ModelSpec, weight_files
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
+
 from penstock.actors import messages as wire
 from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
 

@@ -10,12 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from penstock.clients import Client
 from penstock.clients.address import announce, default_address, engines_folder, running_engines
 from penstock.clients.errors import ConnectionLost, InvalidRequest, OutputError
@@ -194,9 +196,15 @@ def test_the_latest_engine_that_is_alive_is_found(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
-    environment = {**PLAIN, "XDG_RUNTIME_DIR": str(tmp_path)}
-    tmp_path.chmod(0o700)
+def runtime() -> Iterator[Path]:
+    """A folder with a short name: the path of a socket has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="pen") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def serving(runtime: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    environment = {**PLAIN, "XDG_RUNTIME_DIR": str(runtime)}
     process = subprocess.Popen(
         [*COMMAND, "serve", "tiny", "--executor", "mock", "--drain-timeout", "20"],
         env=environment,
@@ -209,7 +217,7 @@ def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, s
     process.communicate()
 
 
-def test_serve_is_found_drains_on_ctrl_c_and_leaves_nothing(serving: tuple[subprocess.Popen[str], dict[str, str]], tmp_path: Path) -> None:
+def test_serve_is_found_drains_on_ctrl_c_and_leaves_nothing(serving: tuple[subprocess.Popen[str], dict[str, str]], runtime: Path) -> None:
     process, environment = serving
     assert process.stdout is not None
     address = re.search(r"ipc://\S+", process.stdout.readline())
@@ -224,12 +232,12 @@ def test_serve_is_found_drains_on_ctrl_c_and_leaves_nothing(serving: tuple[subpr
     _, said = process.communicate(timeout=40)
     assert process.returncode == 0, said
     assert "draining" in said
-    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    assert [path for path in runtime.rglob("*") if not path.is_dir()] == []
 
 
-def test_a_live_line_is_shown_in_a_terminal(mock_address: str, tmp_path: Path) -> None:
+def test_a_live_line_is_shown_in_a_terminal(runtime: Path) -> None:
     screen, terminal = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "XDG_RUNTIME_DIR": str(tmp_path), "COLUMNS": "120"}
+    environment = {**os.environ, "TERM": "xterm", "XDG_RUNTIME_DIR": str(runtime), "COLUMNS": "120"}
     process = subprocess.Popen([*COMMAND, "serve", "--executor", "mock"], env=environment, stdout=terminal, stderr=terminal, stdin=terminal)
     os.close(terminal)
     seen = b""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import zmq
+
 from penstock.actors import messages as wire
 from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
 from penstock.clients import AsyncClient, Client, Completion, Engine, SamplingParams, alaunch, launch

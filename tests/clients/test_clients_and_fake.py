@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from penstock.clients import AsyncClient, AsyncStream, Client, Outcome
 from penstock.clients.errors import ClientClosed, ConnectionLost, InvalidRequest, Overloaded, Unavailable
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.actors import messages as wire
 from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
 from penstock.clients.connection import Connection

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+
 from penstock.actors import messages as wire
 from penstock.actors.errors import CODES
 from penstock.actors.messages import TO_CLIENT, TO_GATEWAY

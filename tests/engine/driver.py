@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from penstock.engine.plan import Pending, StepRunner, TopLogprobs
 from penstock.engine.request import Request, Sampler
 from penstock.engine.scheduler import Scheduler, SchedulerConfig

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from penstock.engine import detokenize
 from penstock.engine.detokenize import Detokenizer, NullDetokenizer, TextStream
 from penstock.engine.stops import StopStrings
 from penstock.engine.tokenfiles import TokenizeError, load_backend, load_fast, tokenizer_digest
 from penstock.engine.vocabulary import Kind
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
     "The gate opens and the water falls through the pipe to the turbine, which never runs dry.",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import penstock.engine.queue as queue_module
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import penstock.engine.queue as queue_module
 from penstock.engine.queue import REMEMBERED, FairQueue
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from transformers import generation
+
 from penstock.engine.noise import GOLDEN, MIX_1, MIX_2, gumbel, id_steps, noise_keys
 from penstock.engine.plan import Fill
 from penstock.engine.request import Sampler
 from penstock.engine.sampling import Sampled, SlotSampler
-from torch import Tensor
-from transformers import generation
 
 VOCAB = 500
 CPU = torch.device("cpu")

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.engine.plan import Fill, StepPlan, StepResult, TopLogprobs
 from penstock.engine.request import Request, Sampler
 from penstock.engine.scheduler import Commit, Ended, Scheduler, SchedulerConfig

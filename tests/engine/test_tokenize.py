@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
 from penstock.engine.params import PromptOptions
 from penstock.engine.tokenfiles import tokenizer_digest
 from penstock.engine.tokenize import NullTokenizer, TokenizeError, Tokenizer
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = ["The gate opens and the water falls.", "user says hello, assistant says hi: naïve 你好 🙂"] * 3
 SPECIALS = ["<unk>", "<s>", "</s>", "<|turn|>"]

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from penstock.engine.model.adopt import AdoptedModel
 from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..engine.driver import Outcome, request, run  # noqa: TID252
 

@@ -1,0 +1,104 @@
+"""The Triton kernels against float64, on fresh random inputs.
+
+Where there is no GPU they run under Triton's interpreter, which must be chosen before anything imports Triton; so this file then runs itself
+again in a process of its own. The interpreter's bfloat16 products are wrong, so bfloat16 is tested on a GPU only.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.engine.attention.base import LayerShape
+from penstock.engine.noise import draw, id_steps, noise_keys
+
+from .attending import make_step
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+READY = GPU or os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+here = pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+
+SHAPES = {
+    "64": LayerShape(4, 2, 64, 64, 0.125),
+    "128": LayerShape(4, 1, 128, 128, 0.09),
+    "256": LayerShape(2, 2, 256, 256, 0.06),
+    "odd": LayerShape(6, 2, 20, 36, 0.2),
+    "many heads share": LayerShape(40, 2, 16, 16, 0.25),
+    "window": LayerShape(4, 2, 64, 64, 0.125, window=37),
+    "soft-cap": LayerShape(4, 2, 64, 64, 0.125, softcap=2.0),
+    "sinks": LayerShape(4, 2, 64, 64, 0.125, sinks=True),
+    "all": LayerShape(8, 2, 80, 80, 0.1, softcap=3.0, window=90, sinks=True),
+}
+
+
+@pytest.mark.skipif(READY, reason="the kernels run in this process")
+def test_all_of_this_file_passes_under_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_paged_attention_of_a_mixed_step_is_exact(name: str, dtype: torch.dtype) -> None:
+    from penstock.engine.attention.triton import TritonAttention
+
+    seed = int.from_bytes(os.urandom(4), "little")
+    size = 32 if name == "64" else 16
+    step = make_step(
+        SHAPES[name], [0, 17, 530, 95], [(0, 1), (0, 20), (30, 37)], dtype=dtype, device=DEVICE, seed=seed, block_size=size, begun_as_zero=False
+    )
+    out = step.run(TritonAttention(step.pool, [step.shape], *step.rows.table.shape))
+    assert not out.isnan().any(), seed
+    error = (out.double() - step.expected).abs().max().item()
+    assert error < TOLERANCE[dtype], seed
+
+
+@here
+def test_decodes_alone_split_their_keys_and_merge_them_exactly() -> None:
+    from penstock.engine.attention.triton import TritonAttention
+
+    for positions in ([900], [1, 700, 1300]):
+        step = make_step(SHAPES["sinks"], positions, [], device=DEVICE, seed=len(positions), begun_as_zero=False)
+        backend = TritonAttention(step.pool, [step.shape], *step.rows.table.shape)
+        backend.processors = 32
+        torch.testing.assert_close(step.run(backend).double(), step.expected, atol=1e-5, rtol=1e-5)
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [50, 4096, 9001])
+def test_the_fused_draw_gives_the_ids_of_the_plain_one(vocab_size: int, dtype: torch.dtype) -> None:
+    from penstock.engine.kernels.sample import draw_rows
+
+    rows = 7
+    logits = (torch.randn(rows, vocab_size) * 3).to(dtype)
+    logits[2, :] = 0
+    logits[3, 5:] = float("-inf")
+    temperature = torch.rand(rows) + 0.2
+    keys = torch.from_numpy(noise_keys(np.arange(rows), np.arange(rows)))
+    expected = draw(logits.float() / temperature[:, None], keys, id_steps(vocab_size, torch.device("cpu")))
+    got = draw_rows(logits.to(DEVICE), temperature.to(DEVICE), keys.to(DEVICE))
+    assert got.tolist() == expected.tolist()
+
+
+@here
+def test_a_row_that_excludes_everything_still_gives_an_id_of_the_vocabulary() -> None:
+    from penstock.engine.kernels.sample import draw_rows
+
+    logits = torch.full((2, 5000), float("-inf"), device=DEVICE)
+    logits[1] = float("nan")
+    ids = draw_rows(logits, torch.ones(2, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE))
+    assert ((ids >= 0) & (ids < 5000)).all()
