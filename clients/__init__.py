@@ -6,16 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from penstock.clients.aio import AsyncClient
+    from penstock.clients.aio_stream import AsyncStream
+    from penstock.clients.errors import PenstockError
+    from penstock.clients.launcher import Engine, alaunch, launch
+    from penstock.clients.link import Keys
+    from penstock.clients.sync import Client
+    from penstock.clients.sync_stream import Stream
+    from penstock.clients.values import Chunk, Completion, Outcome, Sample, TokenLogprob, Usage
     from penstock.engine.params import PromptOptions, SamplingParams
-
-    from .aio import AsyncClient
-    from .aio_stream import AsyncStream
-    from .errors import PenstockError
-    from .launcher import Engine, alaunch, launch
-    from .link import Keys
-    from .sync import Client
-    from .sync_stream import Stream
-    from .values import Chunk, Completion, Outcome, Sample, TokenLogprob, Usage
 
 __all__ = [
     "AsyncClient",

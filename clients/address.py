@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .errors import ConnectionLost, OutputError
+from penstock.clients.errors import ConnectionLost, OutputError
 
 
 def engines_folder(runtime: str | None = None) -> Path:

@@ -10,17 +10,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from penstock.actors.messages import Generate, List, Status
-
-from .address import default_address
-from .aio_map import map_prompts
-from .aio_stream import AsyncStream, Bell
-from .connection import Connection
-from .errors import ClientClosed
-from .inbox import Inbox, restore
-from .link import Keys
-from .order import Message, Prompt, build, check_positive, refuse
-from .pump import Pump, running_here
-from .values import Completion, Outcome
+from penstock.clients.address import default_address
+from penstock.clients.aio_map import map_prompts
+from penstock.clients.aio_stream import AsyncStream, Bell
+from penstock.clients.connection import Connection
+from penstock.clients.errors import ClientClosed
+from penstock.clients.inbox import Inbox, restore
+from penstock.clients.link import Keys
+from penstock.clients.order import Message, Prompt, build, check_positive, refuse
+from penstock.clients.pump import Pump, running_here
+from penstock.clients.values import Completion, Outcome
 
 
 class AsyncClient:

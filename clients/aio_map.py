@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from typing import Any
 
-from .errors import PenstockError
-from .inbox import Inbox
-from .jobs import AHEAD, Job
-from .pump import Pump
-from .values import Outcome
+from penstock.clients.errors import PenstockError
+from penstock.clients.inbox import Inbox
+from penstock.clients.jobs import AHEAD, Job
+from penstock.clients.pump import Pump
+from penstock.clients.values import Outcome
 
 
 async def map_prompts(

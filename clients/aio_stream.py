@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Generator
 from types import TracebackType
 from typing import Any, Self
 
-from .inbox import Inbox
-from .pump import Pump
-from .values import Chunk, Completion
+from penstock.clients.inbox import Inbox
+from penstock.clients.pump import Pump
+from penstock.clients.values import Chunk, Completion
 
 _ONE_READER = "another task is waiting for this stream: a stream has one reader"
 
@@ -49,10 +49,12 @@ class AsyncStream:
         return self._inbox.over
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
+        self._pump.check_process()
         return _Reading(self)
 
     async def completion(self) -> Completion:
         """The whole request, also what was read as chunks before. Cancelling the waiting task cancels the request."""
+        self._pump.check_process()
         if self._bell.future is not None:
             raise RuntimeError(_ONE_READER)
         self._bell.future = self._pump.loop.create_future()

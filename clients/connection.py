@@ -16,12 +16,24 @@ from typing import Any
 from penstock.actors import messages as wire
 from penstock.actors.messages import TO_CLIENT, TO_GATEWAY, Chunks, Failed, Welcome
 from penstock.actors.wire import VERSION, Limits
-
-from .errors import ClientClosed, ConnectionLost, DuplicateRequest, InvalidRequest, PenstockError, ProtocolError, VersionMismatch, from_wire
-from .inbox import Inbox, Track
-from .order import encode
-from .pulse import Pulse
-from .query import Query
+from penstock.clients.errors import (
+    ClientClosed,
+    ConnectionLost,
+    DuplicateRequest,
+    InvalidRequest,
+    LeaseExpired,
+    Overloaded,
+    PenstockError,
+    ProtocolError,
+    Unavailable,
+    VersionMismatch,
+    from_wire,
+)
+from penstock.clients.inbox import Inbox
+from penstock.clients.order import encode
+from penstock.clients.pulse import Pulse
+from penstock.clients.query import Query
+from penstock.clients.streams import Streams
 
 _PROBE = 0  # the number of the query that asks for a sign of life, and whether what is open here is open there
 
@@ -40,16 +52,17 @@ class Connection:
         self.ready, self.reopen, self.reopen_at = False, True, now
         self.error: PenstockError | None = None  # set: nothing works any more
         self._inboxes: dict[str, Inbox] = {}
-        self._tracks: dict[int, Track] = {}
+        self._streams = Streams()
         self._queries: dict[int, Query] = {}
         self._next_query = _PROBE + 1
-        self._received = self._acknowledged = 0
+        self._acknowledged = 0
         self._lost_at = self._welcomed_at = now
         self._pulse = Pulse(now)
         self._attempts = 0
         self._burst = 1  # acknowledge after so many `Chunks`
         self._limits: Limits | None = None
         self._forgotten: list[str] = []  # cancelled while there was no engine to tell
+        self._again: dict[str, float] = {}  # begun, but the engine that took over is too busy to resume them before this time
 
     # What the driver reports.
 
@@ -87,6 +100,10 @@ class Connection:
         """Renew the lease, look for silence, lose patience. Returns whom to wake."""
         if not self.ready:
             return self._lose_patience(now)
+        news: News = []
+        for request in [request for request, at in self._again.items() if now >= at]:
+            del self._again[request]
+            news += self._order(self._inboxes[request], now)
         beat = self._pulse.beat(now, bool(self._inboxes))
         if beat == "renew":
             self._acknowledge(now)
@@ -94,13 +111,13 @@ class Connection:
             self._say(wire.List(_PROBE), now)
         elif beat == "dead":
             self.lost(now)
-        return []
+        return news
 
     @property
     def due(self) -> float:
         """When `tick` wants to be called next."""
         if self.ready:
-            return self._pulse.due(bool(self._inboxes))
+            return min(self._pulse.due(bool(self._inboxes)), *self._again.values(), float("inf"))
         waiting = [max(self._lost_at, one.since) for one in self._everyone()]
         return min(waiting) + self.patience if waiting else float("inf")
 
@@ -132,7 +149,7 @@ class Connection:
         news: News = []
         for inbox in filter(None, map(self._inboxes.get, requests)):
             inbox.cancelled = True
-            if not self.ready:
+            if not self.ready or inbox.request in self._again:
                 news.append(self._end_cancelled(inbox, now))
         if self.ready and requests:
             self._say(wire.Cancel(tuple(requests)), now)
@@ -149,8 +166,9 @@ class Connection:
     # Inside.
 
     def _begin(self, now: float) -> None:
-        self._tracks.clear()
-        self._received = self._acknowledged = 0
+        self._streams.clear()
+        self._again.clear()
+        self._acknowledged = 0
         self.outbox.clear()
 
     def _send(self, frame: bytes, now: float) -> None:
@@ -161,8 +179,8 @@ class Connection:
         self._send(TO_GATEWAY.encode(message), now)
 
     def _acknowledge(self, now: float) -> None:
-        self._acknowledged = self._received
-        self._say(wire.Renew(self._received), now)
+        self._acknowledged = self._streams.received
+        self._say(wire.Renew(self._acknowledged), now)
 
     def _handle(self, message: Any, now: float) -> News:
         kind = type(message)
@@ -172,7 +190,7 @@ class Connection:
             inbox = self._inboxes.get(message.request)
             if inbox is not None and not inbox.over:
                 for stream, track in zip(message.streams, inbox.accept(len(message.streams), message.resolved), strict=True):
-                    self._tracks[stream], track.stream = track, stream
+                    self._streams.attach(stream, track)
         elif kind is Failed:
             return self._failed(message, now)
         elif kind is Welcome:
@@ -192,47 +210,16 @@ class Connection:
         return []
 
     def _take(self, message: Chunks, now: float) -> News:
-        """The hot path: a few hundred nanoseconds a row."""
-        if message.number != self._received + 1:
+        readers = self._streams.take(message, now)
+        if readers is None:
             self.lost(now)  # something between was dropped: a fresh link resumes from what is here
             return []
-        self._received = message.number
-        news: News = []
-        tracks, ids, at = self._tracks, message.ids, 0
-        for stream, count, text in zip(
-            memoryview(message.streams).cast("i"), memoryview(message.counts).cast("i"), message.texts, strict=True
-        ):
-            end = at + 4 * count
-            track = tracks.get(stream)
-            if track is not None and track.reason is None:
-                if count:
-                    track.ids.frombytes(ids[at:end])
-                if text:
-                    track.texts.append(text)
-                if not track.fresh:
-                    track.fresh = True
-                    inbox = track.inbox
-                    inbox.fresh.append(track)
-                    if inbox.first is None:
-                        inbox.first = now
-                    if inbox.waiting:
-                        news.append(inbox)
-            at = end
-        if at != len(ids):
-            raise ProtocolError(f"{len(ids)} bytes of ids for {at // 4} tokens")
-        for stream, *rows in message.details:
-            if (track := tracks.get(stream)) is not None:
-                track.inbox.detail(track, rows)
-        for stream, reason, facts in message.ends:
-            if (track := tracks.pop(stream, None)) is not None:
-                track.inbox.end(track, reason, facts)
-                if track.inbox.waiting:
-                    news.append(track.inbox)
+        news: News = [*readers]
         for request, usage in message.done:
             if (ended := self._inboxes.get(request)) is not None:
                 ended.finish(usage, now)
                 news.append(self._close(ended))
-        if self._received - self._acknowledged >= self._burst:
+        if self._streams.received - self._acknowledged >= self._burst:
             self._acknowledge(now)
         return news
 
@@ -251,12 +238,8 @@ class Connection:
         for inbox in tuple(self._inboxes.values()):
             if inbox.cancelled:  # the word may have been lost with the old link
                 news.append(self._end_cancelled(inbox, now))
-                continue
-            try:
-                self._send(encode(inbox.next_order(now), self._limits), now)
-            except InvalidRequest as error:
-                inbox.fail(error, now)
-                news.append(self._close(inbox))
+            else:
+                news += self._order(inbox, now)
         self._forgotten, forgotten = [], [*forgotten, *self._forgotten]
         if forgotten:
             self._say(wire.Cancel(tuple(forgotten)), now)
@@ -264,33 +247,44 @@ class Connection:
             self._say(query.message, now)
         return news
 
+    def _order(self, inbox: Inbox, now: float) -> News:
+        try:
+            self._send(encode(inbox.next_order(now), self._limits), now)
+        except InvalidRequest as error:
+            inbox.fail(error, now)
+            return [self._close(inbox)]
+        inbox.answered = False
+        return []
+
     def _failed(self, message: Failed, now: float) -> News:
+        error = from_wire(message.error)
         if message.request is None:
-            error = from_wire(message.error)
-            if isinstance(error, ProtocolError):
+            if isinstance(error, VersionMismatch):
                 return self._break(error, now)
-            # About a message that it could not tie to a request: it can only be one that was not accepted.
-            unheard: News = [one for one in self._inboxes.values() if one.resolved is None]
+            # About a message that it could not tie to a request: it can only be one that it has not answered.
+            unheard: News = [one for one in self._inboxes.values() if not one.answered]
             for one in unheard:
                 self._fail_one(one, error, now)
             return unheard
         inbox = self._inboxes.get(message.request)
         if inbox is None:
             return []
-        if message.error.get("code") == "lease_expired" and inbox.resolved is not None:
-            self.lost(now)  # this process slept; what it holds is enough to carry on
-            return []
         if inbox.cancelled and inbox.resolved is None:
             inbox.finish_cancelled(now)  # as it was asked to: before it began
-        else:
-            inbox.fail(from_wire(message.error), now)
+            return [self._close(inbox)]
+        if isinstance(error, LeaseExpired) and inbox.resolved is not None:
+            self.lost(now)  # this process slept; what it holds is enough to carry on
+            return []
+        if isinstance(error, Overloaded | Unavailable) and inbox.resolved is not None and now - self._lost_at < self.patience:
+            self._again[inbox.request] = now + (error.retry_after or 1.0)
+            return []
+        inbox.fail(error, now)
         return [self._close(inbox)]
 
     def _close(self, inbox: Inbox) -> Inbox:
         self._inboxes.pop(inbox.request, None)
-        for track in inbox.tracks:
-            if self._tracks.get(track.stream) is track:
-                del self._tracks[track.stream]
+        self._again.pop(inbox.request, None)
+        self._streams.detach(inbox)
         return inbox
 
     def _end_cancelled(self, inbox: Inbox, now: float) -> Inbox:
@@ -316,7 +310,6 @@ class Connection:
         everyone = self._everyone()
         for one in everyone:
             self._fail_one(one, error, now)
-        self._tracks.clear()
         return everyone
 
     def _fail_one(self, one: Inbox | Query, error: PenstockError, now: float) -> None:

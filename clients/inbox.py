@@ -17,9 +17,8 @@ from typing import Any
 import msgpack
 
 from penstock.actors.messages import Generate
-
-from .errors import InvalidRequest, PenstockError, ProtocolError, from_wire
-from .values import Chunk, Completion, Sample, TokenLogprob, Usage, read_logprobs
+from penstock.clients.errors import InvalidRequest, PenstockError, ProtocolError, from_wire
+from penstock.clients.values import Chunk, Completion, Sample, TokenLogprob, Usage, read_logprobs
 
 SAVED_VERSION = 1
 
@@ -73,8 +72,8 @@ class Inbox:
     """
 
     __slots__ = (
-        "cancelled", "error", "first", "fresh", "order", "over", "prompt_logprobs", "request", "resolved", "since", "total_s", "tracks",
-        "usage", "waiting", "wake", "wants_logprobs",
+        "answered", "cancelled", "error", "first", "fresh", "order", "over", "prompt_logprobs", "request", "resolved", "since", "total_s",
+        "tracks", "usage", "waiting", "wake", "wants_logprobs",
     )  # fmt: skip
 
     def __init__(self, order: Generate, wake: Callable[[], None], now: float) -> None:
@@ -85,6 +84,7 @@ class Inbox:
         self.usage = Usage()
         self.error: PenstockError | None = None
         self.over = self.waiting = self.cancelled = False
+        self.answered = False  # whether the engine has taken it, on the present connection
         self.first: float | None = None
         self.total_s = 0.0
         self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
@@ -94,6 +94,7 @@ class Inbox:
 
     def accept(self, streams: int, resolved: dict[str, Any]) -> list[Track]:
         """The engine took the request (again). Raises `ProtocolError` if it has another number of samples than before."""
+        self.answered = True
         if not self.tracks:
             self.tracks = [Track(self, index) for index in range(streams)]
         if not 0 < streams == len(self.tracks):

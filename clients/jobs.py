@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from penstock.actors.messages import Generate
-
-from .errors import LeaseExpired, Overloaded, PenstockError, Unavailable
-from .inbox import Inbox
-from .order import build
-from .values import Outcome
+from penstock.clients.errors import LeaseExpired, Overloaded, PenstockError, Unavailable
+from penstock.clients.inbox import Inbox
+from penstock.clients.order import build
+from penstock.clients.values import Outcome
 
 AHEAD = 4  # times `concurrency`: prompts begun, or finished out of order, before the next one in order is handed out
 _LONGEST_WAIT = 10.0  # seconds

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from .errors import InvalidRequest, OutputError
-from .order import refuse
-from .values import Completion, Outcome
+from penstock.clients.errors import InvalidRequest, OutputError
+from penstock.clients.order import refuse
+from penstock.clients.values import Completion, Outcome
 
 RowId = int | str
 

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Refusal
-
-from .errors import StartError, from_wire
+from penstock.clients.errors import StartError, from_wire
 
 if TYPE_CHECKING:
-    from .aio import AsyncClient
-    from .sync import Client
+    from penstock.clients.aio import AsyncClient
+    from penstock.clients.sync import Client
 
 _STOP_S = 15.0  # before an engine that was told to stop is killed
 _LONGEST_REPORT = 1 << 20
@@ -35,7 +34,7 @@ def launch(model: str = "tiny", *, start_timeout: float | None = None, **config:
     `config` are the fields of `EngineConfig`. Whatever becomes of this process, the engine ends with it: it holds the other end of a pipe.
     Raises what kept the engine from starting: `InvalidRequest` for a setting, `ModelError` for the model, `StartError` for all else, also
     if it is not ready within `start_timeout` seconds (none: as long as it takes)."""
-    from .sync import Client
+    from penstock.clients.sync import Client
 
     with Engine(model, **config) as engine:
         engine.wait(start_timeout)
@@ -46,7 +45,7 @@ def launch(model: str = "tiny", *, start_timeout: float | None = None, **config:
 @asynccontextmanager
 async def alaunch(model: str = "tiny", *, start_timeout: float | None = None, **config: Any) -> AsyncIterator[AsyncClient]:
     """`async with alaunch(model="tiny") as client: …`: like `launch`, for asyncio."""
-    from .aio import AsyncClient
+    from penstock.clients.aio import AsyncClient
 
     engine = Engine(model, **config)
     try:
@@ -63,6 +62,7 @@ class Engine:
 
     def __init__(self, model: str = "tiny", **config: Any) -> None:
         self.address = ""
+        self._stopped = True
         try:
             settings = EngineConfig.from_wire({"model": model, "log_level": "warning", **config})
         except Refusal as refusal:
@@ -134,6 +134,11 @@ class Engine:
                 self._process.send_signal(number)
         self._process.wait()
         os.close(self._report)
+
+    def __del__(self) -> None:
+        if not self._stopped:
+            os.close(self._death)  # nobody can stop it any more: let it end by itself
+            os.close(self._report)
 
     def __enter__(self) -> Self:
         return self

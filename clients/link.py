@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import zmq
 
-from .errors import InvalidRequest
+from penstock.clients.errors import InvalidRequest
 
 _FAREWELL = 0.1  # seconds that closing waits for the last frames to leave
 _MONITORED = zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.HANDSHAKE_FAILED_AUTH | zmq.Event.HANDSHAKE_FAILED_PROTOCOL

@@ -10,10 +10,9 @@ from dataclasses import fields
 from typing import Any
 
 from penstock.actors.messages import TO_GATEWAY, Generate
-from penstock.actors.wire import Limits, WireError, check_budget
+from penstock.actors.wire import Limits, WireError
+from penstock.clients.errors import InvalidRequest, MessageTooLarge, from_parameter
 from penstock.engine.params import InvalidParameter, PromptOptions, SamplingParams
-
-from .errors import InvalidRequest, MessageTooLarge, from_parameter
 
 Prompt = str | Iterable[int]
 Message = Mapping[str, Any]
@@ -21,6 +20,7 @@ Message = Mapping[str, Any]
 _OPTIONS = frozenset(spec.name for spec in fields(PromptOptions))
 _SAMPLING = frozenset(spec.name for spec in fields(SamplingParams))
 _ORDER = frozenset(("request", "adapter", "priority", "tenant", "deadline", "queue_timeout"))
+_LONGEST_NAME = 256
 _ROLE = "a non-empty list of maps, each with a role (text) and content"
 
 
@@ -49,6 +49,8 @@ def build(
     for name in more:
         if name not in _SAMPLING:
             raise refuse(name, more[name], "one of the known names: " + ", ".join(sorted(_SAMPLING | _OPTIONS | _ORDER)))
+    if params is not None and not isinstance(params, SamplingParams):
+        raise refuse("params", params, "a SamplingParams, or its fields by themselves")
     try:
         if params is not None and more:
             more = {**params.to_wire(), **more}
@@ -56,9 +58,9 @@ def build(
         option_map = PromptOptions(**options).to_wire() if options else {}
     except InvalidParameter as error:
         raise from_parameter(error) from None
-    for name, value, longest in (("request", request, 256), ("adapter", adapter, 256), ("tenant", tenant or None, 256)):
-        if value is not None and not (isinstance(value, str) and 0 < len(value) <= longest):
-            raise refuse(name, value, f"a text of 1 to {longest} characters")
+    for name, value, least in (("request", request, 1), ("adapter", adapter, 1), ("tenant", tenant, 0)):
+        if (value is not None or name == "tenant") and not (isinstance(value, str) and least <= len(value) <= _LONGEST_NAME):
+            raise refuse(name, value, f"a text of {least} to {_LONGEST_NAME} characters")
     deadline = None if deadline is None else check_positive("deadline", deadline)
     queue_timeout = None if queue_timeout is None else check_positive("queue_timeout", queue_timeout)
     if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
@@ -70,14 +72,16 @@ def build(
 
 
 def encode(order: Generate, limits: Limits | None) -> bytes:
-    """The frame, checked against the engine's limits if they are known. Raises `InvalidRequest`, `MessageTooLarge` among them."""
+    """The frame, judged as the engine will: what it could not read it could not tie to a request either. `limits` are the engine's, if
+    they are known. Raises `InvalidRequest`, `MessageTooLarge` among them."""
+    limits = limits or Limits()
     try:
         frame = TO_GATEWAY.encode(order)
-        if limits is not None:
-            check_budget(frame, limits)
+        TO_GATEWAY.decode_untrusted(frame, limits)
     except WireError as error:
-        limits = limits or Limits()
         limit = {"too_large": limits.bytes, "too_many_elements": limits.elements, "too_deep": limits.depth}.get(error.code)
+        if limit is None:
+            raise refuse("request", str(error), "made of text, numbers, lists, and maps with text as keys") from None
         raise MessageTooLarge(str(error), code=error.code, field="request", value=order.request, limit=str(limit)) from None
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise refuse("request", str(error), "made of text (valid Unicode), numbers, lists and maps") from error

@@ -9,10 +9,10 @@ from collections import deque
 
 import zmq
 
-from .connection import Connection
-from .errors import ClientClosed, ConnectionLost, PenstockError, Unavailable
-from .inbox import Inbox
-from .link import Keys, Links
+from penstock.clients.connection import Connection
+from penstock.clients.errors import ClientClosed, ConnectionLost, PenstockError, Unavailable
+from penstock.clients.inbox import Inbox
+from penstock.clients.link import Keys, Links
 
 _ENOUGH = 64  # frames taken and readers woken by them, before the readers have their turn: else their chunks would only merge
 _RETRY = 1.0  # seconds until a socket is tried again that could not be made
@@ -47,6 +47,11 @@ class Pump:
         finally:
             if timer is not None:
                 timer.cancel()
+
+    def check_process(self) -> None:
+        """Raises `ClientClosed` in a forked child: the streams of the parent are the parent's."""
+        if self.pid != os.getpid():
+            raise ClientClosed("this stream belongs to the process that began it")
 
     def start(self, inbox: Inbox) -> None:
         self.connection.start(inbox, self.loop.time())

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.actors.messages import List, Status
-
-from .errors import PenstockError
+from penstock.clients.errors import PenstockError
 
 
 class Query:

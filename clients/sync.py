@@ -11,17 +11,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from penstock.actors.messages import Generate, List, Status
-
-from .address import default_address
-from .connection import Connection
-from .errors import ClientClosed
-from .inbox import Inbox, restore
-from .link import Keys
-from .order import Message, Prompt, build, check_positive, refuse
-from .sync_map import map_prompts
-from .sync_stream import Stream
-from .thread import Pump
-from .values import Completion, Outcome
+from penstock.clients.address import default_address
+from penstock.clients.connection import Connection
+from penstock.clients.errors import ClientClosed
+from penstock.clients.inbox import Inbox, restore
+from penstock.clients.link import Keys
+from penstock.clients.order import Message, Prompt, build, check_positive, refuse
+from penstock.clients.sync_map import map_prompts
+from penstock.clients.sync_stream import Stream
+from penstock.clients.thread import Pump
+from penstock.clients.values import Completion, Outcome
 
 
 class Client:

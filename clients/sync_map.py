@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .errors import PenstockError
-from .inbox import Inbox
-from .jobs import AHEAD, Job
-from .thread import Pump
-from .values import Outcome
+from penstock.clients.errors import PenstockError
+from penstock.clients.inbox import Inbox
+from penstock.clients.jobs import AHEAD, Job
+from penstock.clients.thread import Pump
+from penstock.clients.values import Outcome
 
 
 def map_prompts(

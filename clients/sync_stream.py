@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from .inbox import Inbox
-from .thread import Pump
-from .values import Chunk, Completion
+from penstock.clients.inbox import Inbox
+from penstock.clients.thread import Pump
+from penstock.clients.values import Chunk, Completion
 
 
 class Stream:
@@ -34,10 +34,12 @@ class Stream:
         return self._inbox.over
 
     def __iter__(self) -> Iterator[Chunk]:
+        self._pump.check_process()
         return _Reading(self)
 
     def completion(self) -> Completion:
         """The whole request, also what was read as chunks before. An exception while waiting, such as Ctrl-C, cancels the request."""
+        self._pump.check_process()
         try:
             while not self._inbox.over:
                 self._bell.wait()

@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import zmq
 
-from .connection import Connection, News
-from .errors import ClientClosed, ConnectionLost, Unavailable
-from .inbox import Inbox
-from .link import Keys, Links
+from penstock.clients.connection import Connection, News
+from penstock.clients.errors import ClientClosed, ConnectionLost, Unavailable
+from penstock.clients.inbox import Inbox
+from penstock.clients.link import Keys, Links
 
 _BURST = 32  # frames taken under one lock
 _LONGEST_POLL = 60.0  # seconds
@@ -52,6 +52,11 @@ class Pump:
             if self._links.link is not None and self._links.link.connected:
                 raise Unavailable(f"the engine at {self.address} was not ready within {seconds:g} s")
             raise ConnectionLost(f"no engine answers at {self.address} within {seconds:g} s")
+
+    def check_process(self) -> None:
+        """Raises `ClientClosed` in a forked child: the streams of the parent are the parent's."""
+        if self.pid != os.getpid():
+            raise ClientClosed("this stream belongs to the process that began it")
 
     def start(self, inbox: Inbox) -> None:
         self.call(lambda connection, now: connection.start(inbox, now))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
-from .errors import PenstockError, ProtocolError
+from penstock.clients.errors import PenstockError, ProtocolError
 
 
 class TokenLogprob(NamedTuple):

@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from penstock.clients.cli.options import only_given, with_tables
+from penstock.clients.cli.report import reported, stderr, stdout
+from penstock.clients.cli.status import Address, Timeout
 from penstock.clients.errors import InvalidRequest, PenstockError
 from penstock.clients.sync import Client
 from penstock.engine.params import PromptOptions, SamplingParams
-
-from .options import only_given, with_tables
-from .report import reported, stderr, stdout
-from .status import Address, Timeout
 
 _HELP = "[dim]/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer[/dim]"
 

@@ -16,9 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from penstock.clients.aio import AsyncClient
+from penstock.clients.cli.report import reported, stdout
 from penstock.clients.launcher import alaunch
-
-from .report import reported, stdout
 
 _OPENING = "The Python tutorial introduces the reader informally to the basic concepts and features of the language. "
 _PROMPTS = (

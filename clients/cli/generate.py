@@ -10,15 +10,14 @@ from typing import Annotated, Any, BinaryIO
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from penstock.clients.cli.options import only_given, with_tables
+from penstock.clients.cli.report import reported, stderr
+from penstock.clients.cli.status import Address, Timeout
 from penstock.clients.errors import InvalidRequest
 from penstock.clients.jsonl import Output, Row, read_rows, result_row
 from penstock.clients.sync import Client
 from penstock.clients.values import Outcome
 from penstock.engine.params import PromptOptions, SamplingParams
-
-from .options import only_given, with_tables
-from .report import reported, stderr
-from .status import Address, Timeout
 
 
 @with_tables(SamplingParams, PromptOptions, panels=("Sampling", "Prompt"))

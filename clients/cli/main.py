@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from .chat import chat
-from .demo import demo
-from .generate import generate
-from .report import STATUS_HELP
-from .serve import serve
-from .status import status
+from penstock.clients.bench.command import app as bench
+from penstock.clients.cli.chat import chat
+from penstock.clients.cli.demo import demo
+from penstock.clients.cli.generate import generate
+from penstock.clients.cli.report import STATUS_HELP
+from penstock.clients.cli.serve import serve
+from penstock.clients.cli.status import status
 
 app = typer.Typer(
     name="penstock",
@@ -21,6 +22,8 @@ app = typer.Typer(
 )
 for command in (serve, generate, chat, status, demo):
     app.command(epilog=STATUS_HELP)(command)
+
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -14,12 +14,11 @@ from rich.text import Text
 
 from penstock.actors.config import EngineConfig
 from penstock.clients.address import announce
+from penstock.clients.cli.options import only_given, with_tables
+from penstock.clients.cli.report import reported, stderr, stdout
 from penstock.clients.errors import EngineFault, PenstockError
 from penstock.clients.launcher import Engine
 from penstock.clients.sync import Client
-
-from .options import only_given, with_tables
-from .report import reported, stderr, stdout
 
 _EVERY = 1.0  # seconds between looks at the engine
 

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from penstock.clients.cli.report import reported, stdout
 from penstock.clients.sync import Client
-
-from .report import reported, stdout
 
 Address = Annotated[str | None, typer.Option(help="of the engine; none: the one that was started last", show_default=False)]
 Timeout = Annotated[float, typer.Option(help="seconds to wait for an engine that is ready")]

@@ -160,7 +160,8 @@ class FakeGateway:
 class FakeServer:
     """The fake behind a ROUTER, in a thread. `pause` seconds lie between its steps; `restart` puts another engine behind the address."""
 
-    def __init__(self, address: str, pause: float = 0.001, **options: Any) -> None:
+    def __init__(self, address: str, pause: float = 0.001, secret: bytes | None = None, **options: Any) -> None:
+        self._secret = secret
         self.address, self.pause, self.options = address, pause, options
         self.gateway = FakeGateway(**options)
         self._thread: threading.Thread | None = None
@@ -187,6 +188,8 @@ class FakeServer:
     def _run(self) -> None:
         context = zmq.Context()
         router = context.socket(zmq.ROUTER)
+        if self._secret is not None:
+            router.curve_server, router.curve_secretkey = True, self._secret
         router.bind(self.address)
         rng = random.Random(0)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -101,6 +102,9 @@ BAD: dict[str, tuple[dict[str, Any], type[PenstockError], str]] = {
     "a prompt and messages": ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, InvalidRequest, "prompt"),
     "messages without a role": ({"messages": [{"content": "a"}]}, InvalidRequest, "messages[0]"),
     "content that cannot travel": ({"messages": [{"role": "user", "content": object()}]}, InvalidRequest, "request"),
+    "keys that are not text": ({"messages": [{"role": "user", "content": {1: 2}}]}, InvalidRequest, "request"),
+    "parameters that are a map": ({"prompt": "a", "params": {"seed": 1}}, InvalidRequest, "params"),
+    "a tenant that is no text": ({"prompt": "a", "tenant": 0}, InvalidRequest, "tenant"),
     "a deadline in the past": ({"prompt": "a", "deadline": -1}, InvalidRequest, "deadline"),
     "a long request id": ({"prompt": "a", "request": "x" * 300}, InvalidRequest, "request"),
     "a priority of 40 bits": ({"prompt": "a", "priority": 2**40}, InvalidRequest, "priority"),
@@ -188,11 +192,11 @@ def test_map_keeps_order_and_reports_failures_one_by_one(client: Client) -> None
 
 
 def raw(address: str) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.linger = 0
-    socket.rcvtimeo = 5000
-    socket.connect(address)
-    return socket
+    dealer = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.linger = 0
+    dealer.rcvtimeo = 5000
+    dealer.connect(address)
+    return dealer
 
 
 @pytest.mark.parametrize(
@@ -210,30 +214,30 @@ def raw(address: str) -> zmq.Socket[bytes]:
     ],
 )
 def test_frames_that_are_no_messages_get_a_typed_answer(mock_address: str, client: Client, frames: list[bytes], code: str) -> None:
-    socket = raw(mock_address)
-    socket.send_multipart(frames)
-    answer = TO_CLIENT.decode(socket.recv())
+    dealer = raw(mock_address)
+    dealer.send_multipart(frames)
+    answer = TO_CLIENT.decode(dealer.recv())
     assert isinstance(answer, wire.Failed)
     assert (answer.request, answer.error["code"]) == (None, code)
-    socket.close()
+    dealer.close()
     assert len(client.generate("a", max_tokens=3, ignore_eos=True).ids) == 3
 
 
 def test_a_connection_that_did_not_say_hello_is_sent_away(mock_address: str) -> None:
-    socket = raw(mock_address)
-    socket.send(TO_GATEWAY.encode(wire.Renew(0)))
-    assert TO_CLIENT.decode(socket.recv()) == wire.Goodbye()
-    socket.close()
+    dealer = raw(mock_address)
+    dealer.send(TO_GATEWAY.encode(wire.Renew(0)))
+    assert TO_CLIENT.decode(dealer.recv()) == wire.Goodbye()
+    dealer.close()
 
 
 def test_a_client_that_vanishes_leaves_nothing_open(mock_address: str, client: Client) -> None:
-    socket = raw(mock_address)
-    socket.send(TO_GATEWAY.encode(wire.Hello("vanishing", "")))
-    assert isinstance(TO_CLIENT.decode(socket.recv()), wire.Welcome)
+    dealer = raw(mock_address)
+    dealer.send(TO_GATEWAY.encode(wire.Hello("vanishing", "")))
+    assert isinstance(TO_CLIENT.decode(dealer.recv()), wire.Welcome)
     order = wire.Generate("r", None, None, bytes(8), {"max_tokens": 30_000, "ignore_eos": True}, {}, None, 0, "", None, None, None)
-    socket.send(TO_GATEWAY.encode(order))
-    assert isinstance(TO_CLIENT.decode(socket.recv()), wire.Accepted)
-    socket.close()
+    dealer.send(TO_GATEWAY.encode(order))
+    assert isinstance(TO_CLIENT.decode(dealer.recv()), wire.Accepted)
+    dealer.close()
     until(lambda: client.status()["requests"]["open"] == 0)
 
 
@@ -287,6 +291,16 @@ def test_an_address_in_use_is_said(mock_address: str) -> None:
     with pytest.raises(StartError) as caught, launch(executor="mock", address=mock_address):
         pass
     assert "listen" in caught.value.message
+
+
+def test_a_port_in_use_is_said() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(StartError) as caught, launch(executor="mock", address=address):
+            pass
+    assert (caught.value.field, caught.value.value) == ("address", address)
 
 
 def test_launch_leaves_no_process_and_no_socket(tmp_path: Path) -> None:

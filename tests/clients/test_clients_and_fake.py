@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
-from penstock.clients import AsyncClient, AsyncStream, Client, Outcome
+from penstock.clients import AsyncClient, AsyncStream, Client, Keys, Outcome, Stream
 from penstock.clients.errors import ClientClosed, ConnectionLost, InvalidRequest, Overloaded, Unavailable
 
 from .fake import FakeServer, expected, text_of
@@ -253,6 +254,17 @@ def test_map_holds_at_most_so_many_at_once_and_takes_prompts_as_it_goes(server: 
     assert most <= 4
 
 
+def test_leaving_an_async_map_cancels_what_runs(server: FakeServer) -> None:
+    async def main() -> None:
+        async with AsyncClient(server.address) as client:
+            async for outcome in client.map((f"p{index}" for index in range(10**9)), concurrency=8, ordered=False, max_tokens=5):
+                if outcome.index == 20:
+                    break
+            await asyncio.to_thread(until, lambda: not server.gateway.served)
+
+    asyncio.run(main())
+
+
 def test_an_error_of_the_source_is_raised(server: FakeServer) -> None:
     def source() -> Iterator[str]:
         yield "a"
@@ -335,7 +347,9 @@ def test_a_client_belongs_to_its_event_loop(server: FakeServer) -> None:
         asyncio.run(use(False))
 
 
-def _generate_in_child(client: Any, queue: Any) -> None:
+def _generate_in_child(client: Any, stream: Any, queue: Any) -> None:
+    with pytest.raises(ClientClosed):
+        iter(stream) if isinstance(stream, Stream) else aiter(stream)
     result = client.generate("child", max_tokens=20)
     queue.put((os.getpid(), (asyncio.run(result) if asyncio.iscoroutine(result) else result).ids))
 
@@ -343,9 +357,9 @@ def _generate_in_child(client: Any, queue: Any) -> None:
 def test_a_forked_child_makes_its_own_connection(server: FakeServer) -> None:
     context = multiprocessing.get_context("fork")
 
-    def in_child(client: Any) -> list[int]:
+    def in_child(client: Any, stream: Any) -> list[int]:
         queue = context.Queue()
-        child = context.Process(target=_generate_in_child, args=(client, queue))
+        child = context.Process(target=_generate_in_child, args=(client, stream, queue))
         child.start()
         pid, ids = queue.get(timeout=20)
         child.join(10)
@@ -355,13 +369,13 @@ def test_a_forked_child_makes_its_own_connection(server: FakeServer) -> None:
 
     with Client(server.address) as client:
         stream = client.stream("parent", max_tokens=200)
-        assert in_child(client) == expected("child", 0, 20)
+        assert in_child(client, stream) == expected("child", 0, 20)
         assert stream.completion().ids == expected("parent", 0, 200)
 
     async def main() -> None:
         async with AsyncClient(server.address) as client:
             stream = client.stream("parent", max_tokens=200)
-            assert in_child(client) == expected("child", 0, 20)
+            assert in_child(client, stream) == expected("child", 0, 20)
             assert (await stream.completion()).ids == expected("parent", 0, 200)
 
     asyncio.run(main())
@@ -387,5 +401,17 @@ def test_a_lease_outlives_a_program_that_computes(tmp_path: Path) -> None:
                 sum(range(10_000))
             renewals = [message for message in fake.gateway.heard if type(message).__name__ == "Renew"]
             assert len(renewals) >= 4
+    finally:
+        fake.stop()
+
+
+def test_a_client_with_keys_talks_to_an_engine_that_demands_them(tmp_path: Path) -> None:
+    (public, secret), (own_public, own_secret) = zmq.curve_keypair(), zmq.curve_keypair()
+    fake = FakeServer(f"ipc://{tmp_path}/door", secret=secret)
+    try:
+        with Client(fake.address, keys=Keys(public.decode(), own_public.decode(), own_secret.decode())) as client:
+            assert client.generate("a", max_tokens=5).ids == expected("a", 0, 5)
+        with pytest.raises(ConnectionLost):
+            Client(fake.address, connect_timeout=0.5).open()
     finally:
         fake.stop()

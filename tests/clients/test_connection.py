@@ -154,7 +154,7 @@ def test_any_interleaving_of_chunks_reads_losses_and_restarts_gives_the_same_str
             assert texts[index][sample] == text_of(read[index][sample])
             assert ends[index][sample] == 1
     assert not wired.connection._inboxes
-    assert not wired.connection._tracks
+    assert not wired.connection._streams
 
 
 def test_hello_is_said_first_and_requests_wait_for_the_welcome() -> None:
@@ -276,6 +276,36 @@ def test_a_typed_error_ends_its_own_request_only() -> None:
     assert isinstance(bad.error, Overloaded)
     assert (bad.error.retry_after, bad.error.request) == (1.5, bad.request)
     assert good.completion().ids == expected("good", 0, 4)
+
+
+def test_an_engine_too_busy_to_resume_is_asked_again_for_what_had_begun() -> None:
+    wired = settled()
+    inbox, other = wired.open("a", max_tokens=9), wired.open("b", max_tokens=9)
+    wired.move()
+    wired.gateway.refuse["a"] = wired.gateway.refuse["b"] = [{"code": "overloaded", "message": "full", "retry_after": 5.0}] * 4
+    wired.connection.lost(wired.now)
+    for _ in range(5):
+        wired.tick(0.2)
+        wired.move()
+    assert not inbox.over
+    assert wired.connection.cancel([other.request], wired.now) == [other]
+    assert wired.connection.due < wired.now + 5.0
+    for _ in range(30):
+        wired.tick(1.0)
+        wired.move()
+    finish(wired, inbox)
+    assert inbox.completion().ids == expected("a", 0, 9)
+
+
+def test_a_message_that_was_not_understood_fails_only_what_was_not_answered() -> None:
+    wired = settled()
+    running = wired.open("a", max_tokens=5)
+    wired.move()
+    unheard = wired.open("b")
+    wired.connection.receive(TO_CLIENT.encode(wire.Failed(None, {"code": "malformed", "message": "?"})), wired.now)
+    assert isinstance(unheard.error, ProtocolError)
+    finish(wired, running)
+    assert running.completion().ids == expected("a", 0, 5)
 
 
 def test_cancelling_ends_a_request_once_and_is_harmless_twice() -> None:
