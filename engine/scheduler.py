@@ -57,8 +57,7 @@ class Scheduler:
         self._launched: deque[Launched] = deque()
         self._ended: list[Ended] = []
         self._told: list[PromptLogprobs] = []
-        self._submitted = 0
-        self._step = 0
+        self._submitted = self._step = 0
 
     # ── what others may ask ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -126,8 +125,7 @@ class Scheduler:
                 if stream.priority == priority:
                     self._chunk(stream, draft)
             self._admit(priority, draft, now)
-        step = draft.launch(self._step, self._slots)
-        if step is None:
+        if (step := draft.launch(self._step, self._slots)) is None:
             return None
         plan, launched = step
         self._launched.append(launched)
@@ -139,7 +137,7 @@ class Scheduler:
         """Every stream that can decode, with a block for its next token."""
         slots = self._slots
         rows = slots.decodes(priority)
-        if len(rows) > draft.budget:  # only with a budget smaller than the slots: take turns
+        if len(rows) > draft.budget:  # a higher priority left them too little: take turns
             rows = np.sort(np.roll(rows, -self._step)[: draft.budget])
         full = rows[slots.computed[rows] >= slots.held[rows]]
         if len(full):

@@ -613,6 +613,39 @@ def test_a_stream_may_fill_the_whole_pool_without_yielding() -> None:
     assert world.scheduler.counters.preemptions == 0
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_preempted_stream_comes_back_before_those_that_never_ran(depth: int) -> None:
+    world = World(SchedulerConfig(slots=1, blocks=24, block_size=2, max_model_len=16), depth)
+    world.submit(make_request(0, [0, 1], 9))
+    world.submit(make_request(1, [1, 1], 2))
+    world.step()
+    world.submit(make_request(2, [1, 0], 2, priority=1))
+    world.drain()
+    assert [handle for handle, _ in world.ends] == [2, 0, 1]
+    assert world.ends[0, 1].preemptions == 1
+
+
+def test_decodes_take_turns_where_a_higher_priority_leaves_too_few_tokens() -> None:
+    world = World(SchedulerConfig(slots=3, blocks=24, block_size=2, token_budget=2, max_model_len=16))
+    for handle in range(2):
+        world.submit(make_request(handle, [0], 15))
+    world.step()
+    world.submit(make_request(2, [1], 10, priority=1))
+    while 2 in world.open:
+        world.step()
+    assert [len(world.open[handle].out) for handle in range(2)] == [6, 6]
+
+
+def test_running_streams_are_left_blocks_to_grow_into() -> None:
+    world = World(SchedulerConfig(slots=4, blocks=32, block_size=2, max_model_len=64, prefix_cache=False))
+    world.submit(make_request(0, [0, 1], 9))
+    world.step()  # it holds two of the blocks now, or is about to
+    world.submit(make_request(1, [1] * 60, 2))
+    world.drain()
+    assert [handle for handle, _ in world.ends] == [0, 1]
+    assert world.scheduler.counters.preemptions == 0
+
+
 # ── fair shares ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -682,6 +715,16 @@ def test_slots_of_one_step_are_shared_between_tenants_that_arrive_together() -> 
     assert sorted(rows_of(world, plan)) == [0, 1, 8, 9]
 
 
+def test_every_token_is_charged_though_its_stream_was_preempted_meanwhile() -> None:
+    world = World(SchedulerConfig(slots=3, blocks=6, block_size=2, max_model_len=12), depth=2)
+    for handle in range(3):
+        world.submit(make_request(handle, [handle & 1, handle >> 1], 9, tenant="a"))
+    world.drain()
+    assert world.scheduler.counters.preemptions
+    prefilled = sum(len(plan.tokens) for plan in world.plans)
+    assert world.scheduler._queue._levels[0].served == {"a": prefilled + sum(len(out) for out in world.outputs.values())}
+
+
 # ── what else a scheduler promises ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -745,6 +788,36 @@ def test_what_was_generated_is_a_prefix_for_others() -> None:
     world.submit(make_request(1, [0, 1, *world.outputs[0]], 2))
     world.drain()
     assert world.ends[1, 1].cached_tokens == 16  # of 18: the last generated token was never computed
+
+
+def test_what_a_running_stream_generated_is_found_while_it_runs() -> None:
+    world = World(CONFIG)
+    world.submit(make_request(0, [0, 1], 24))
+    for _ in range(12):
+        world.step()
+    world.submit(make_request(1, [0, 1, *world.open[0].out], 2))
+    world.step()
+    assert 0 in world.open
+    world.drain()
+    assert world.ends[1, 1].cached_tokens == 12
+
+
+@pytest.mark.parametrize("steps", [0, 8], ids=["at once", "soon"])
+def test_blocks_that_many_streams_fill_in_the_same_step_are_all_found(steps: int) -> None:
+    """A step offers only a few of them; the others follow, at the latest when their stream leaves."""
+    world = World(SchedulerConfig(slots=40, blocks=200, block_size=16, max_model_len=64))
+    prompts = [[handle >> bit & 1 for bit in range(10)] for handle in range(20)]
+    for handle, prompt in enumerate(prompts):
+        world.submit(make_request(handle, prompt, 40))
+    for _ in range(7 + steps):
+        world.step()
+    texts = [prompt + world.open[handle].out for handle, prompt in enumerate(prompts)]
+    for handle, text in enumerate(texts):
+        if not steps:
+            world.abort(handle)
+        world.submit(make_request(100 + handle, [*text, 0], 1, priority=1))
+    world.drain()
+    assert [world.ends[100 + handle, 1].cached_tokens for handle in range(20)] == [16] * 20
 
 
 def test_streams_of_different_salts_share_nothing() -> None:
