@@ -13,7 +13,7 @@ from penstock.engine.model.adopt import Model
 from penstock.engine.model.spec import ModelError
 from penstock.engine.runner import Runner, RunnerConfig
 
-SPARE = 64 * 2**20  # bytes left free on a GPU for what allocates later: penalty counts, wider buffers
+SPARE = 64 * 2**20  # bytes left free on a GPU, beside penalty counts, for what allocates later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def count_blocks(model: Model, work: Workload, memory: float, *, blocks: int | N
         raise ModelError(
             "out_of_memory",
             f"{found}, but one sequence of max_model_len={work.max_model_len} tokens needs {needed} ({needed * each / 2**20:.0f} MiB): "
-            f"lower max_model_len to {blocks * work.block_size} or less, raise memory={memory:g}, or lower token_budget={work.token_budget}",
+            f"lower max_model_len to {blocks * work.block_size} or less, raise memory={memory:g} or lower token_budget={work.token_budget}",
         )
     return blocks
 
@@ -105,7 +105,9 @@ def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str) -> 
             "out_of_memory", f"a step of token_budget={work.token_budget} tokens does not fit beside the weights on {device}: {error}"
         ) from error
     peak = torch.cuda.max_memory_allocated(device) - before - pool
+    counts = 2 * work.slots * model.vocab_size * 4  # of every slot, and once more while they are made room for
+    model.detach()
     del runner
     torch.cuda.empty_cache()
     limit = memory * total if memory <= 1 else memory
-    return int(min(limit - (total - free), free) - peak * 1.1 - SPARE)
+    return int(min(limit - (total - free), free) - peak * 1.1 - counts - SPARE)

@@ -53,6 +53,7 @@ def open_model(
     Where nothing is said: a GPU if there is one; the model's own dtype there, float32 on a CPU; 90 % of a GPU's memory, 30 % of a CPU's.
     """
     import torch
+    from transformers.utils import logging
 
     from penstock.engine.memory import Workload, count_blocks
     from penstock.engine.model.adopt import AdoptedModel
@@ -60,6 +61,7 @@ def open_model(
     from penstock.engine.model.spec import ModelError, read_spec
     from penstock.engine.runner import Runner
 
+    logging.disable_progress_bar()  # an executor's output is a log
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
@@ -67,9 +69,8 @@ def open_model(
     on_cpu = device == "cpu"
     if on_cpu:
         torch.set_num_threads(threads or os.cpu_count() or 1)
-    spec = read_spec(
-        model_folder(model), dtype="float32" if dtype == "auto" and on_cpu else dtype, max_model_len=max_model_len, weights=weights, seed=seed
-    )
+    dtype = "float32" if dtype == "auto" and on_cpu else dtype
+    spec = read_spec(model_folder(model), dtype=dtype, max_model_len=max_model_len, weights=weights, seed=seed)
     adopted = AdoptedModel(load_model(spec, torch.device(device)))
     work = Workload(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size

@@ -102,7 +102,7 @@ class Runner:
         self.table = np.zeros((config.slots, config.columns), np.int32)
         self.last = torch.zeros(config.slots, dtype=torch.int64, device=device)
         self.staging: Staging = PinnedStaging(device, config.in_flight + 1) if device.type == "cuda" else HostStaging()
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -118,39 +118,41 @@ class Runner:
             return Launched(plan.step, started, places, None, error=f"{type(error).__name__}: {error}")
 
     def warm_up(self) -> None:
-        """Run a prefill and a decode on slots and blocks that hold nothing yet, so that the first request finds compiled kernels and
-        allocated buffers. Raises `RuntimeError` if a step fails."""
+        """Run a prefill and decodes, short and long, on slots and blocks that hold nothing yet, so that the first request finds compiled
+        kernels and allocated buffers. Raises `RuntimeError` if a step fails."""
         rows = min(self.config.slots, self.config.blocks)
-        for tokens, sampler in ((self.config.block_size, Sampler()), (1, Sampler(temperature=1.0))):
-            self._rehearse(rows, tokens, sampler)
+        self._rehearse(rows, self.config.block_size, Sampler())
+        self._rehearse(rows, 1, Sampler(temperature=1.0))
+        self._rehearse(1, 1, Sampler(), start=min(self.config.columns, self.config.blocks) * self.config.block_size - 1)
 
     def run_worst_case(self, token_budget: int) -> None:
         """Run the steps that take the most memory: `token_budget` tokens in prefill chunks, and all slots sampling with every filter.
         Overwrites the pool. Raises `RuntimeError` if a step fails."""
-        most = min(token_budget, self.config.blocks * self.config.block_size)
-        self._rehearse(1, min(most, self.config.columns * self.config.block_size), Sampler())
+        size, columns = self.config.block_size, self.config.columns
+        most = min(token_budget, self.config.blocks * size)
+        self._rehearse(1, min(most, columns * size), Sampler())
         rows = min(self.config.slots, most, self.config.blocks)
-        share = min(most // rows, self.config.columns * self.config.block_size, self.config.blocks // rows * self.config.block_size)
+        share = min(most // rows, columns * size, self.config.blocks // rows * size)
         self._rehearse(rows, max(share, 1), Sampler(temperature=1.0, top_p=0.9, min_p=0.1))
 
-    def _rehearse(self, rows: int, tokens: int, sampler: Sampler) -> None:
-        """One step of `rows` rows of `tokens` new tokens each, on the first slots and blocks, which are free again afterwards."""
-        each = -(-tokens // self.config.block_size)
+    def _rehearse(self, rows: int, tokens: int, sampler: Sampler, start: int = 0) -> None:
+        """One step of `rows` rows of `tokens` new tokens each, from position `start` on, in the first slots and blocks; both are free again
+        afterwards. The keys before `start` are whatever lies there."""
+        each = -(-(start + tokens) // self.config.block_size)
         slots = np.arange(rows, dtype=np.int32)
-        columns = np.tile(np.arange(each, dtype=np.int32), rows)
         decodes = rows if tokens == 1 else 0
         plan = StepPlan(
             step=-1,
             fills=tuple(Fill(slot, 0, sampler, NO_IDS) for slot in range(rows)),
             table_slots=np.repeat(slots, each),
-            table_columns=columns,
+            table_columns=np.tile(np.arange(each, dtype=np.int32), rows),
             table_blocks=np.arange(rows * each, dtype=np.int32) % self.config.blocks,
             slots=slots,
-            starts=np.zeros(rows, np.int32),
+            starts=np.full(rows, start, np.int32),
             counts=np.full(rows, tokens, np.int32),
             decodes=decodes,
             samples=np.ones(rows, np.bool_),
-            tokens=np.zeros(rows * tokens if not decodes else 0, np.int32),
+            tokens=np.zeros(0 if decodes else rows * tokens, np.int32),
         )
         result = self.launch(plan).result()
         for slot in range(rows):

@@ -10,7 +10,7 @@ The host knows which slot asks for what: `prepare` turns that into columns, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import Columns
-from penstock.engine.history import IN_PROMPT, TAIL, Tails, TokenCounts
+from penstock.engine.filters import min_p, on_rows, penalize, top_k, top_p
+from penstock.engine.history import TAIL, Tails, TokenCounts
 from penstock.engine.noise import draw, id_steps, noise_keys
 from penstock.engine.plan import Fill, Float32, Int32
 
-SHORTLIST = 256  # on a CPU, top-p looks at so many of the likeliest tokens before it sorts them all
 Rows = npt.NDArray[np.intp]
 NO_IDS: Int32 = np.empty(0, np.int32)
 
@@ -212,7 +212,7 @@ class SlotSampler:
         if "count.rows" in columns:
             rows = columns["count.rows"]
             counts = self.counts.data.index_select(0, columns["count.lines"])
-            penalized = _penalize(scores.index_select(0, rows), counts, columns["count.penalties"])
+            penalized = penalize(scores.index_select(0, rows), counts, columns["count.penalties"])
             scores.index_copy_(0, rows, penalized)
         if "bias.rows" in columns:
             scores.index_put_((columns["bias.rows"], columns["bias.ids"]), columns["bias.values"], accumulate=True)
@@ -238,11 +238,11 @@ class SlotSampler:
             return _draw_on_cuda(scores, temperature, keys)
         scaled = scores.float() / temperature[:, None]
         if "top_k.rows" in columns:
-            _on_rows(scaled, columns["top_k.rows"], lambda some: _top_k(some, columns["top_k.k"], self._most_k))
+            on_rows(scaled, columns["top_k.rows"], lambda some: top_k(some, columns["top_k.k"], self._most_k))
         if "top_p.rows" in columns:
-            _on_rows(scaled, columns["top_p.rows"], lambda some: _top_p(some, columns["top_p.p"]))
+            on_rows(scaled, columns["top_p.rows"], lambda some: top_p(some, columns["top_p.p"]))
         if "min_p.rows" in columns:
-            _on_rows(scaled, columns["min_p.rows"], lambda some: _min_p(some, columns["min_p.log"]))
+            on_rows(scaled, columns["min_p.rows"], lambda some: min_p(some, columns["min_p.log"]))
         if scaled.is_cuda:
             return _draw_on_cuda(scaled, torch.ones_like(temperature), keys)
         return draw(scaled, keys, self._steps)
@@ -284,47 +284,3 @@ def _edits(fill: Fill) -> Edits | None:
         stops=stops,
         least=fill.prompt_tokens + sampler.min_tokens,
     )
-
-
-def _penalize(scores: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
-    """Repetition (Keskar et al., arXiv:1909.05858) over prompt and output; frequency and presence over the output, as OpenAI defines
-    them. `scores`, `counts` `[n, vocab_size]`, `penalties` `[n, 3]`."""
-    repetition, presence, frequency = penalties[:, 0:1], penalties[:, 1:2], penalties[:, 2:3]
-    generated = counts & (IN_PROMPT - 1)
-    repeated = torch.where(scores < 0, scores * repetition, scores / repetition)
-    scores = torch.where(counts != 0, repeated, scores)
-    return scores - frequency * generated - presence * (generated > 0)
-
-
-def _on_rows(scaled: Tensor, rows: Tensor, stage: Callable[[Tensor], Tensor]) -> None:
-    if len(rows) == len(scaled):
-        scaled.copy_(stage(scaled))
-    else:
-        scaled.index_copy_(0, rows, stage(scaled.index_select(0, rows)))
-
-
-def _top_k(scaled: Tensor, k: Tensor, most: int) -> Tensor:
-    """Keep each row's k largest, and whatever equals the k-th."""
-    least = scaled.topk(most, dim=-1).values.gather(1, k[:, None] - 1)
-    return scaled.masked_fill(scaled < least, -math.inf)
-
-
-def _top_p(scaled: Tensor, p: Tensor) -> Tensor:
-    """Keep the fewest tokens, likeliest first, that hold at least p of the probability, and whatever equals the last of them (Holtzman
-    et al., arXiv:1904.09751). Summed in float64, so that devices agree."""
-    highest = scaled.amax(dim=-1, keepdim=True)
-    share = p[:, None] * (scaled.double() - highest).exp_().sum(dim=-1, keepdim=True)
-    vocab_size = scaled.shape[1]
-    short = scaled.device.type == "cpu" and vocab_size > SHORTLIST
-    ordered = scaled.topk(SHORTLIST, dim=-1).values if short else scaled.sort(dim=-1, descending=True).values
-    held = (ordered.double() - highest).exp_().cumsum(dim=-1)
-    if short and not bool((held[:, -1:] >= share).all()):
-        ordered = scaled.sort(dim=-1, descending=True).values
-        held = (ordered.double() - highest).exp_().cumsum(dim=-1)
-    last = (held < share).sum(dim=-1, keepdim=True).clamp_(max=ordered.shape[1] - 1)
-    return scaled.masked_fill(scaled < ordered.gather(1, last), -math.inf)
-
-
-def _min_p(scaled: Tensor, log: Tensor) -> Tensor:
-    """Keep tokens with at least min_p times the probability of the likeliest (Nguyen et al., arXiv:2407.01082)."""
-    return scaled.masked_fill(scaled < scaled.amax(dim=-1, keepdim=True) + log[:, None], -math.inf)

@@ -42,7 +42,7 @@ class PinnedStaging:
     def __init__(self, device: torch.device, steps: int, size: int = 1 << 20) -> None:
         self.device = device
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(steps)]
-        self._events = [torch.cuda.Event() for _ in range(steps)]
+        self._events = [torch.cuda.Event() for _ in range(steps)]  # type: ignore[no-untyped-call]
         self._turn = 0
 
     def send(self, columns: Columns) -> dict[str, Tensor]:

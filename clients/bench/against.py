@@ -40,10 +40,16 @@ def continuous(model: Any, items: list[Item]) -> float:
     """Tokens a second of `generate_batch`."""
     from transformers import GenerationConfig
 
-    model.set_attn_implementation("paged|sdpa")
+    try:
+        model.set_attn_implementation("paged|sdpa")
+    except (ValueError, ImportError):  # newer releases know their paged attention by the plain name
+        model.set_attn_implementation("sdpa")
     config = GenerationConfig(max_new_tokens=128, do_sample=False, eos_token_id=-1, pad_token_id=0)
     begun = time.perf_counter()
     results = model.generate_batch(inputs=[item.ids for item in items], generation_config=config, progress_bar=False)
+    failed = [result.error for result in results.values() if result.error]
+    if failed:
+        raise RuntimeError(f"generate_batch failed on {len(failed)} of {len(items)} prompts: {failed[0]}")
     return sum(len(result.generated_tokens) for result in results.values()) / (time.perf_counter() - begun)
 
 
@@ -53,7 +59,8 @@ def main() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    # Not inference_mode: generate_batch writes to its tensors from a thread of its own, which that would forbid.
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         config = AutoConfig.from_pretrained(write_model(shape, Path(folder)))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         model.generation_config.eos_token_id = None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.engine.attention.base import Columns, KVPool, LayerAttention, LayerShape, StepRows
+from penstock.engine.attention.base import Columns, Int32, KVPool, LayerAttention, LayerShape, StepRows
 from penstock.engine.attention.gather import GatherAttention, Group, Kind, additive, kind_of, weigh
 
 PADDING = 0.08  # share of padding that rows of one call may bring
@@ -35,14 +35,14 @@ def suits(layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What a group of decode rows sees: for each row and head, as many lines of the pool."""
+    """What a group of decode rows sees: for each row and head, as many lines of the pool. The scores of a layer are written into `places`,
+    over those of the layer before."""
 
     low: int
     high: int
-    heads: int
     lines: Tensor  # [rows * heads * tokens] int32
-    bounds: Tensor  # [rows * heads + 1] int32: where each head's lines begin
-    zeros: Tensor  # [rows * heads * tokens]
+    bounds: Tensor  # [rows * heads] int32: where each head's lines begin
+    places: Tensor  # CSR [rows * heads, lines of the pool]
     mask: Tensor | None  # [rows, 1, 1, tokens]
 
 
@@ -77,7 +77,7 @@ class SparseAttention(GatherAttention):
             low += count
         return []
 
-    def _sight(self, rows: StepRows, kind: Kind, low: int, high: int, lows: np.ndarray, lengths: np.ndarray) -> Sight:  # type: ignore[type-arg]
+    def _sight(self, rows: StepRows, kind: Kind, low: int, high: int, lows: Int32, lengths: Int32) -> Sight:
         some, size = slice(low, high), np.int32(self.block_size)
         tokens = int(lengths[some].max())
         keys = lows[some, None] + np.arange(tokens, dtype=np.int32)[None]
@@ -89,7 +89,11 @@ class SparseAttention(GatherAttention):
         mask = None
         if lengths[some].min() < tokens:
             mask = torch.from_numpy(additive(rows.starts[some, None], keys, kind.window)[:, None, None])
-        return Sight(low, high, kind.heads, torch.from_numpy(lines.ravel()), torch.from_numpy(bounds), torch.zeros(lines.size), mask)
+        columns, ends = torch.from_numpy(lines.ravel()), torch.from_numpy(bounds)
+        size_of_pool = self.pool.blocks * kind.kv_heads * self.block_size
+        shape = (len(bounds) - 1, size_of_pool)
+        places = torch.sparse_csr_tensor(ends, columns, torch.zeros(lines.size), size=shape, check_invariants=False)
+        return Sight(low, high, columns, ends[:-1], places, mask)
 
     def _attend_decodes(self, layer: LayerAttention, q: Tensor, sinks: Tensor | None) -> list[Tensor]:
         shape, parts = layer.shape, []
@@ -97,12 +101,9 @@ class SparseAttention(GatherAttention):
         for sight in self.sights[kind_of(shape)]:
             rows = sight.high - sight.low
             queries = q[sight.low : sight.high].reshape(-1, shape.head_dim)
-            places = torch.sparse_csr_tensor(
-                sight.bounds, sight.lines, sight.zeros, size=(len(queries), len(keys)), check_invariants=False
-            )  # fmt: skip
-            sampled = torch.sparse.sampled_addmm(places, queries, keys.t(), beta=0.0, alpha=shape.scaling)
-            scores = sampled.values().view(rows, shape.heads, 1, -1)
+            torch.sparse.sampled_addmm(sight.places, queries, keys.t(), beta=0.0, alpha=shape.scaling, out=sight.places)
+            scores = sight.places.values().view(rows, shape.heads, 1, -1)
             weights = weigh(shape, scores, sight.mask, sinks, shape.heads).reshape(-1)
-            seen, *_ = torch.embedding_bag(values, sight.lines, sight.bounds[:-1], False, 0, False, weights)
+            seen, *_ = torch.embedding_bag(values, sight.lines, sight.bounds, False, 0, False, weights)
             parts.append(seen.view(rows, shape.heads, shape.value_dim))
         return parts

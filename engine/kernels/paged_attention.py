@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_SPLITS = 32  # programs among which the keys of one decode may be split
 
-@triton.jit  # type: ignore[untyped-decorator]
+
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _write_rows(  # type: ignore[no-untyped-def]
     new, pool, places, tokens, new_token, new_head, heads, dim,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
@@ -35,7 +37,7 @@ def _write_rows(  # type: ignore[no-untyped-def]
     tl.store(pool + line[:, None] * dim + d[None, :], x, mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["split_size", "splits"])  # type: ignore[untyped-decorator]
 def _attend_tile(  # type: ignore[no-untyped-def]
     q, keys, values, out, sinks, slots, starts, firsts, tile_rows, tile_offsets, table, columns,
     q_token, q_head, heads, kv_heads, dim, value_dim, scaling, softcap, window, split_size, splits, part_out, part_max, part_sum,
@@ -48,15 +50,15 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1)
     if DECODE:
         row = tile
-        offset = 0
-        last = tl.load(starts + row)
+        start = tl.load(starts + row).to(tl.int32)
+        first = tl.load(firsts + row)
+        last = start
     else:
         row = tl.load(tile_rows + tile)
-        offset = tl.load(tile_offsets + tile)
-        count = tl.load(firsts + row + 1) - tl.load(firsts + row)
-        last = tl.load(starts + row) + tl.minimum(offset + QUERIES, count) - 1
-    start = tl.load(starts + row) + offset
-    first = tl.load(firsts + row) + offset
+        offset = tl.load(tile_offsets + tile).to(tl.int32)
+        start = tl.load(starts + row).to(tl.int32) + offset
+        first = tl.load(firsts + row) + offset
+        last = tl.minimum(start + QUERIES, (tl.load(firsts + row + 1) - first).to(tl.int32) + start) - 1
     slot = tl.load(slots + row)
 
     m = tl.arange(0, ROWS)
@@ -120,10 +122,11 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=columns_mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
 def _merge_splits(  # type: ignore[no-untyped-def]
-    part_out, part_max, part_sum, out, sinks, heads, value_dim, splits, SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr
-):
+    part_out, part_max, part_sum, out, sinks, heads, value_dim, splits,
+    SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
     """One program: the splits of one decode and head."""
     place = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
     s = tl.arange(0, SPLITS)
@@ -148,8 +151,8 @@ def _merge_splits(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one launch. `tile_rows` and `tile_offsets` (in tokens from the row's first) say which queries each tile of a prefill holds;
-    for decodes, a row each, they are None. `longest` is the most keys that a decode sees."""
+    """The rows of one launch. `tile_rows` and `tile_offsets` (in tokens from the row's first) say which queries each tile of a prefill
+    holds; for decodes, a row each, they are None. `longest` is the most keys that a decode sees."""
 
     slots: Tensor
     starts: Tensor
@@ -197,7 +200,7 @@ def attend_rows(
     if decode:
         block_rows, block_keys, warps, stages = _padded(shared), 32 if wide or _padded(dim) > 128 else 64, 4, 2
         seen = min(rows.longest, window + size) if window is not None else rows.longest
-        splits = min(32, triton.cdiv(2 * processors, rows.rows * kv_heads), triton.cdiv(seen, 256))
+        splits = min(MOST_SPLITS, triton.cdiv(2 * processors, rows.rows * kv_heads), triton.cdiv(seen, 256))
         split_size = triton.cdiv(triton.cdiv(seen, splits), block_keys) * block_keys
         splits = triton.cdiv(seen, split_size)
         queries = 1
@@ -223,7 +226,7 @@ def attend_rows(
     if splits > 1:
         _merge_splits[(rows.rows, heads)](
             *parts, out, sink_values, heads, value_dim, splits,
-            SPLITS=triton.next_power_of_2(splits), VALUE_DIM=_padded(value_dim), SINKS=sinks is not None, num_warps=4,
+            SPLITS=MOST_SPLITS, VALUE_DIM=_padded(value_dim), SINKS=sinks is not None, num_warps=4,
         )  # fmt: skip
 
 

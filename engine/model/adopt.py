@@ -39,6 +39,10 @@ class Model(Protocol):
         """Give each attention layer its part of the pool, and all of them the backend that holds the step."""
         ...
 
+    def detach(self) -> None:
+        """Let go of pool and backend."""
+        ...
+
     def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
         """One step. `ids` and `positions` int64 `[tokens]`; `rows` int64 `[n]`: the tokens whose logits are asked for. Returns logits
         `[n, vocab_size]` after all that the family does to them. `keep`: `more` will be called."""
@@ -88,6 +92,10 @@ class AdoptedModel:
     def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
         for site, shape, (keys, values) in zip(self.sites, self.layers, pool.layers, strict=True):
             site.paged = LayerAttention(shape, keys, values, backend)  # type: ignore[assignment]
+
+    def detach(self) -> None:
+        for site in self.sites:
+            del site.paged
 
     def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
         if self.body is not None:

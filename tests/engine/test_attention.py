@@ -60,9 +60,7 @@ def test_decodes_alone_and_prefills_alone_are_exact(backend: str) -> None:
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_step_is_exact(
-    decodes: list[int], chunks: list[tuple[int, int]], kind: str, backend: str, ordered: bool, seed: int
-) -> None:
+def test_any_step_is_exact(decodes: list[int], chunks: list[tuple[int, int]], kind: str, backend: str, ordered: bool, seed: int) -> None:
     if decodes or chunks:
         close(make_step(KINDS[kind], sorted(decodes) if ordered else decodes, chunks, seed=seed), backend)
 

@@ -1,7 +1,7 @@
 """The Triton kernels against float64, on fresh random inputs.
 
-Where there is no GPU they run under Triton's interpreter, which must be chosen before anything imports Triton; so this file then runs itself
-again in a process of its own. The interpreter's bfloat16 products are wrong, so bfloat16 is tested on a GPU only.
+Where there is no GPU they run under Triton's interpreter, which must be chosen before anything imports Triton; so this file then runs
+itself again in a process of its own. The interpreter's bfloat16 products are wrong, so bfloat16 is tested on a GPU only.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import torch
 
 from penstock.engine.attention.base import LayerShape
 from penstock.engine.noise import draw, id_steps, noise_keys
+from penstock.engine.request import Sampler
+from penstock.engine.scheduler import SchedulerConfig
 
 from .attending import make_step
+from .driver import request, run
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -42,11 +45,11 @@ SHAPES = {
 @pytest.mark.skipif(READY, reason="the kernels run in this process")
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout
+    assert " passed" in done.stdout
 
 
 @here
@@ -58,7 +61,14 @@ def test_paged_attention_of_a_mixed_step_is_exact(name: str, dtype: torch.dtype)
     seed = int.from_bytes(os.urandom(4), "little")
     size = 32 if name == "64" else 16
     step = make_step(
-        SHAPES[name], [0, 17, 530, 95], [(0, 1), (0, 20), (30, 37)], dtype=dtype, device=DEVICE, seed=seed, block_size=size, begun_as_zero=False
+        SHAPES[name],
+        [0, 17, 530, 95],
+        [(0, 1), (0, 20), (30, 37)],
+        dtype=dtype,
+        device=DEVICE,
+        seed=seed,
+        block_size=size,
+        begun_as_zero=False,
     )
     out = step.run(TritonAttention(step.pool, [step.shape], *step.rows.table.shape))
     assert not out.isnan().any(), seed
@@ -102,3 +112,30 @@ def test_a_row_that_excludes_everything_still_gives_an_id_of_the_vocabulary() ->
     logits[1] = float("nan")
     ids = draw_rows(logits, torch.ones(2, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE))
     assert ((ids >= 0) & (ids < 5000)).all()
+
+
+@here
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_runner_with_the_kernels_gives_the_tokens_of_plain_torch(temperature: float) -> None:
+    """Over many steps: block tables that change by deltas, chunks, decodes, slots with new occupants."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from penstock.engine.model.adopt import AdoptedModel
+    from penstock.engine.runner import Runner, RunnerConfig
+
+    config = AutoConfig.for_model(
+        "mistral", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=61,
+        initializer_range=0.4, max_position_embeddings=128, sliding_window=13,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AdoptedModel(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(DEVICE))
+    requests = [
+        request(i, [(3 * i + j) % 60 for j in range(n)], 12, Sampler(temperature=temperature, seed=i)) for i, n in enumerate((3, 30, 17, 1))
+    ]
+    got = []
+    for attention in ("gather", "triton"):
+        runner = Runner(model, RunnerConfig(slots=3, blocks=12, columns=8, attention=attention))
+        runner.pool.fill(float("nan"))
+        outcomes = run(runner, SchedulerConfig(slots=3, blocks=12, token_budget=19, max_model_len=128), [requests])
+        got.append([outcome.ids for outcome in outcomes.values()])
+    assert got[0] == got[1]

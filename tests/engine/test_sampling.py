@@ -309,7 +309,9 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 def test_a_neutral_row_is_not_changed_by_what_its_neighbours_ask_for() -> None:
     logits = torch.randn(2, VOCAB, dtype=torch.float32)
-    busy = Sampler(temperature=1.0, top_k=3, top_p=0.5, repetition_penalty=2.0, presence_penalty=1.0, allowed_tokens=(1, 2), bad_words=((1, 2),))
+    busy = Sampler(
+        temperature=1.0, top_k=3, top_p=0.5, repetition_penalty=2.0, presence_penalty=1.0, allowed_tokens=(1, 2), bad_words=((1, 2),)
+    )
     for plain in (Sampler(), Sampler(temperature=0.9, seed=3)):
         assert sample(logits, [plain, busy]).ids[0] == sample(logits[:1], [plain]).ids[0]
 
