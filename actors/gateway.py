@@ -71,7 +71,7 @@ class GatewayActor(Actor):
         }  # fmt: skip
         self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
             Generate: self._generate, Cancel: self._cancel, Renew: lambda session, message: session.acknowledge(message.received),
-            List: self._list, Status: self._status, Goodbye: lambda session, _: self._leave(session),
+            List: self._list, Goodbye: lambda session, _: self._leave(session),
         }  # fmt: skip
         return {}
 
@@ -143,6 +143,8 @@ class GatewayActor(Actor):
             message = self.door.decode(frame)
             if isinstance(message, Hello):
                 self._hello(identity, message, now)
+            elif isinstance(message, Status):
+                self._status(identity, message)  # for anyone, also while the engine is starting
             elif session is None:
                 self.door.send(identity, Goodbye())
             else:
@@ -349,11 +351,11 @@ class GatewayActor(Actor):
     def _list(self, session: Session, message: List) -> None:
         self.door.send(session.identity, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
 
-    def _status(self, session: Session, message: Status) -> None:
+    def _status(self, identity: bytes, message: Status) -> None:
         state = "draining" if self.draining else "ready" if self.opened else "starting"
         counts = {"open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs), **self.totals}
         report = status_report(state, self.model, counts, len(self.sessions), self.vitals)
-        self.door.send(session.identity, Report(message.query, report))
+        self.door.send(identity, Report(message.query, report))
 
     def load(self) -> dict[str, Any]:
         return {"clients": len(self.sessions), "open": len(self.journal.entries)}

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PACK_FOR = 64  # rows that oneDNN chooses its blocking for: measured best, or near it, at every batch from 1 to 512
-PLAIN_ONE = 1 << 19  # a weight of so many elements is as quick with torch's own product, for one row
-PLAIN_MANY = 1 << 18  # and so many multiplications, for several
 
 
 class LinearMethod(Protocol):
@@ -35,21 +33,16 @@ class Dense:
 
 class Packed:
     """The same on a CPU, with the weight in oneDNN's blocked layout, packed once: torch's own float32 path packs it at every call,
-    which costs 1.3 to 4 times the product at up to 64 rows. A small product is quicker than the 10 µs that calling oneDNN takes, so a
-    small weight is also kept as it is."""
+    which costs 1.3 to 4 times the product at up to 64 rows. For one row it also streams the weight from memory faster."""
 
-    __slots__ = ("bias", "multiply", "plain", "plain_most", "weight")
+    __slots__ = ("bias", "multiply", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR)
         self.bias = bias
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
-        self.plain = weight if weight.numel() <= PLAIN_ONE else None
-        self.plain_most = 0 if self.plain is None else max(PLAIN_MANY // weight.numel(), 1) * weight.shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() <= self.plain_most and self.plain is not None:
-            return F.linear(x, self.plain, self.bias)
         return self.multiply(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 

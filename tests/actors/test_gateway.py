@@ -10,7 +10,7 @@ import msgpack
 import pytest
 import zmq
 
-from penstock.actors.messages import Accepted, Cancel, Chunks, Failed, Goodbye, Hello, List, Listing, Renew
+from penstock.actors.messages import Accepted, Cancel, Chunks, Goodbye, Hello, List, Listing, Renew
 from penstock.actors.wire import VERSION
 from penstock.clients.launcher import Engine
 
@@ -172,11 +172,7 @@ def test_a_message_beyond_twice_the_limit_ends_the_connection_and_the_requests_r
     raw.generate("r", ids=ids(1, 2), params={"max_tokens": 20_000})
     raw.wait(Accepted)
     raw.send(os.urandom(300_000))
-    with pytest.raises(TimeoutError):
-        while True:  # what was on its way still comes
-            raw.send(Renew(0))
-            raw.wait(Failed, seconds=0.5)
-    raw.hello()
+    raw.hello()  # on the connection that the socket makes by itself
     raw.send(List(1))
     assert [row["request"] for row in raw.wait(Listing).requests] == ["r"]
     raw.send(Cancel(("r",)))

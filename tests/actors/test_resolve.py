@@ -13,8 +13,9 @@ from penstock.actors.resolve import Model, Resolved, child_seed, resolve, resolv
 from penstock.engine.params import InvalidParameter, PromptOptions, SamplingParams
 
 MODEL = Model(
-    name="m", digest="d", tokenizer="t", vocab_size=100, max_model_len=50, capacity=64, eos=(2, 3), defaults={"temperature": 0.7, "top_p": 0.9}
-)
+    name="m", digest="d", tokenizer="t", vocab_size=100, max_model_len=50, capacity=64, eos=(2, 3),
+    defaults={"temperature": 0.7, "top_p": 0.9},
+)  # fmt: skip
 
 
 def ids(*tokens: int) -> bytes:
@@ -119,7 +120,8 @@ def test_parameters_travel_as_what_differs_from_the_defaults() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"max_tokens": 5, "min_tokens": 6}, {"top_p": 0.0}, {"seed": -1}, {"n": 0}, {"logprobs": 21}, {"stop": "abc"}, {"presence_penalty": 3},
+        {"max_tokens": 5, "min_tokens": 6}, {"top_p": 0.0}, {"seed": -1}, {"n": 0}, {"logprobs": 21}, {"stop": "abc"},
+        {"presence_penalty": 3},
         {"logit_bias": {1: float("inf")}}, {"logit_bias": [1]}, {"logit_bias": 5}, {"bad_words": [[]]}, {"bad_words": [5]}, {"echo": 1},
     ],
 )  # fmt: skip
