@@ -99,7 +99,8 @@ class Actor:
 
     # ── the loop ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """The whole life of the actor. False if it ended by an error."""
         self.tell(Up(self.kind, self.post.index, self.post.incarnation, self.post.address, os.getpid()))
         try:
             facts = self.start()
@@ -109,11 +110,14 @@ class Actor:
             self.tell(Ready(self.kind, self.post.index, self.post.incarnation, facts))
             self.log.info("ready")
             self._loop()
+            return True
         except Refusal as refusal:
             self._fault(refusal.fault)
+            return False
         except Exception as error:
             self.log.exception("died")
             self._fault(Fault(code="engine_fault", message=f"{type(error).__name__}: {error}", actor=self.kind))
+            return False
         finally:
             self.finish()
             self.mail.close()

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.actors.actor import Peer, PeerKey
+from penstock.actors.columns import int32
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.journal import Journal, OpenRequest
 from penstock.actors.messages import Encode, Encoded, Generate
-from penstock.actors.resolve import LONGEST_NAME, Model, resolve, resolved_from_wire
+from penstock.actors.resolve import LONGEST_NAME, Model, check_standing, resolve, resolved_from_wire
 from penstock.engine.params import InvalidParameter, PromptOptions, SamplingParams
 
+AT_ONCE = 2  # jobs that a tokenizer has: one that dies takes few with it
 MOST_TRIES = 3  # tokenizers that may die on one request
 
 
@@ -41,16 +43,15 @@ class Admission:
         self._numbers = 0
         self._random = random.Random()
 
-    def admit(self, request: OpenRequest, message: Generate, model: Model, journal: Journal, now: float) -> Job | None:
-        """Judge a request. Returns the tokenizer job that it needs, or None if it is resolved at once. Raises `Refusal`."""
+    def admit(self, request: OpenRequest, message: Generate, model: Model, journal: Journal, held: int, now: float) -> Job | None:
+        """Judge a request of a client that has `held` streams, ended ones that it has not acknowledged included. Returns the tokenizer
+        job that it needs, or None if it is resolved at once. Raises `Refusal`."""
         if not 0 < len(message.request) <= LONGEST_NAME:
             raise _bad("request", message.request, f"1 to {LONGEST_NAME} characters")
-        if len(message.tenant) > LONGEST_NAME:
-            raise _bad("tenant", message.tenant, f"at most {LONGEST_NAME} characters")
-        if not -(2**31) <= message.priority < 2**31:
-            raise _bad("priority", message.priority, "a 32-bit integer")
+        check_standing(message.tenant, message.priority)
         if message.adapter is not None:
-            raise Refusal("unknown_adapter", f"no adapter {message.adapter!r} is loaded", field="adapter", value=message.adapter[:120])
+            name = message.adapter[:120]
+            raise Refusal("unknown_adapter", f"no adapter {name!r} is loaded", field="adapter", value=name, limit="a loaded adapter")
         for name in ("deadline", "queue_timeout"):
             seconds = getattr(message, name)
             if seconds is not None and not 0 < seconds <= 1e9:
@@ -64,14 +65,17 @@ class Admission:
             raise _bad(given[0], "", "not empty")
         if message.resume is not None:
             request.resolved = resolved_from_wire(message.resume, model)
-            self._limit(request, request.resolved.params.n, journal)
-            self.received[request] = self.received_ids(message.resume, request.resolved.params.n, model)
+            self._limit(request.resolved.params.n, journal, held, len(request.resolved.prompt) // 4)
+            received = self.received_ids(message.resume, request.resolved.params.n, model)
+            if max(map(len, received)) > request.resolved.limit:
+                raise _bad("resume.received", max(map(len, received)), f"at most {request.resolved.limit} ids, as many as were asked for")
+            self.received[request] = received
             return None
         try:
             params, options = SamplingParams.from_wire(message.params), PromptOptions.from_wire(message.options)
         except InvalidParameter as error:
             raise Refusal("invalid_request", str(error), field=error.field, value=error.value, limit=error.limit) from error
-        self._limit(request, params.n, journal)
+        self._limit(params.n, journal, held, len(message.ids or b"") // 4)
         words = tuple(word for word in params.bad_words if isinstance(word, str))
         if message.ids is not None and len(message.ids) % 4:
             raise _bad("ids", f"{len(message.ids)} bytes", "little-endian 32-bit integers")
@@ -79,17 +83,23 @@ class Admission:
         encode = Encode(self._numbers, message.prompt, message.messages, options.to_wire(), words)
         job = Job(self._numbers, request, message, params, options, encode)
         if message.ids is not None and not words:
-            self.resolve(job, Encoded(job.number, b"", (), None), model)
+            self.resolve(job, Encoded(job.number, b"", (), None), model, journal)
             return None
         self.jobs[job.number] = job
         return job
 
-    def _limit(self, request: OpenRequest, streams: int, journal: Journal) -> None:
+    def _limit(self, streams: int, journal: Journal, held: int, tokens: int) -> None:
+        most = self.config.max_open
         waiting = len(journal.entries) + sum(job.params.n for job in self.jobs.values())
-        if waiting + streams > self.config.max_open or journal.prompt_tokens > self.config.max_queued_tokens:
-            raise Refusal(
-                "overloaded", f"{waiting} streams are open", limit=f"{self.config.max_open} streams", retry_after=1.0, value=str(waiting)
-            )
+        if waiting + streams > most or held + streams > most:
+            raise Refusal("overloaded", f"{max(waiting, held)} streams are open", limit=f"{most} streams", retry_after=1.0)
+        self._limit_tokens(streams * tokens, journal)
+
+    def _limit_tokens(self, tokens: int, journal: Journal) -> None:
+        most = self.config.max_queued_tokens
+        if journal.prompt_tokens and journal.prompt_tokens + tokens > most:
+            text = f"open requests have {journal.prompt_tokens} prompt tokens"
+            raise Refusal("overloaded", text, limit=f"{most} tokens", retry_after=1.0)
 
     def received_ids(self, resume: Mapping[str, Any], streams: int, model: Model | None = None) -> list[array[int]]:
         """What a client that resumes says it has of each stream. Raises `Refusal`."""
@@ -101,8 +111,9 @@ class Admission:
             if not isinstance(buffer, bytes) or len(buffer) % 4:
                 raise _bad("resume.received", type(buffer).__name__, "little-endian 32-bit integers")
             ids = array("i", buffer)
-            if model is not None and any(not 0 <= token < model.vocab_size for token in ids):
-                raise _bad("resume.received", max(ids), f"ids from 0 to {model.vocab_size - 1}")
+            column = int32(buffer)
+            if model is not None and len(column) and not 0 <= int(column.min()) <= int(column.max()) < model.vocab_size:
+                raise _bad("resume.received", int(column.max()), f"ids from 0 to {model.vocab_size - 1}")
             result.append(ids)
         return result
 
@@ -120,6 +131,8 @@ class Admission:
                 busy[job.tokenizer[0]] += 1
         for job in waiting if ready else ():
             index = min(busy, key=lambda candidate: (busy[candidate], candidate))
+            if busy[index] >= AT_ONCE:
+                return
             busy[index] += 1
             job.tokenizer, job.tries = (index, ready[index].incarnation), job.tries + 1
             yield index, job.encode
@@ -135,6 +148,11 @@ class Admission:
                     given_up.append(self.jobs.pop(job.number))
         return given_up
 
+    def late(self, now: float) -> list[OpenRequest]:
+        """Requests that are still being tokenized and whose time is over."""
+        times = [(job.request, job.request.deadline, job.request.queue_timeout) for job in self.jobs.values()]
+        return [request for request, *ends in times if any(end is not None and end <= now for end in ends)]
+
     def done(self, message: Encoded) -> Job | None:
         return self.jobs.pop(message.job, None)
 
@@ -143,14 +161,14 @@ class Admission:
         for number in [number for number, job in self.jobs.items() if job.request is request]:
             del self.jobs[number]
 
-    def resolve(self, job: Job, encoded: Encoded, model: Model) -> None:
+    def resolve(self, job: Job, encoded: Encoded, model: Model, journal: Journal) -> None:
         """The tokenizer's answer makes the value whole. Raises `Refusal`."""
         if encoded.error is not None:
             error = Fault.from_wire(encoded.error)
             raise Refusal(error.code, error.message, field=error.field, value=error.value, limit=error.limit, actor=error.actor)
         words = [word for word in job.params.bad_words if isinstance(word, tuple)]
         words += [tuple(variant) for variants in encoded.words for variant in variants]
-        job.request.resolved = resolve(
+        resolved = resolve(
             job.params,
             job.message.ids if job.message.ids is not None else encoded.ids,
             tuple(dict.fromkeys(words)),
@@ -161,6 +179,8 @@ class Admission:
             seed=self._random.getrandbits(63),
             truncate=job.options.truncate if job.message.ids is not None else None,
         )
+        self._limit_tokens(resolved.params.n * resolved.prompt_tokens, journal)
+        job.request.resolved = resolved
 
 
 def _bad(name: str, value: object, limit: str) -> Refusal:

@@ -43,7 +43,7 @@ class EngineConfig:
     drain_timeout: float = _setting(30.0, "longest wait for open requests when stopping")
     stall_timeout: float = _setting(10.0, "an actor without a heartbeat for this long is stalled")
     threads: int | None = _setting(None, "CPU threads of the executor; none: all cores")
-    seed: int = _setting(0, "of random weights, and of the seeds drawn for requests that name none")
+    seed: int = _setting(0, "of random weights")
     log_level: str = _setting("info", "debug, info, warning or error")
     log_file: str | None = _setting(None, "where JSON log lines go; none: standard error")
 
@@ -72,6 +72,8 @@ class EngineConfig:
         for name in ("lease", "drain_timeout", "stall_timeout"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise _bad(name, getattr(self, name), "a number above 0")
+        if self.address is not None and self.address.startswith("tcp://") and not self.address.rpartition(":")[2].isdecimal():
+            raise _bad("address", self.address, "tcp://127.0.0.1:PORT with a port of 1 to 65535")
         if self.address is not None and not self.address.startswith(("ipc://", "tcp://127.0.0.1:", "tcp://localhost:", "inproc://")):
             raise _bad("address", self.address, "ipc://PATH or tcp://127.0.0.1:PORT (any other address needs keys)")
 

@@ -73,6 +73,8 @@ class DetokenizerActor(Actor):
         return {}
 
     def _emitted(self, message: Emitted) -> None:
+        if message.number == 1:
+            self.streams.clear()  # the scheduler began anew: every stream that counts is opened again
         out = Outgoing()
         aborts = array("q")
         for opened in message.opens:

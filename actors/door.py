@@ -25,6 +25,8 @@ class Door:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * max_message)
         self.socket.setsockopt(zmq.LINGER, 500)
+        # Beyond this a ROUTER silently drops: chunks are bounded by credits, answers only by what a client asks without reading.
+        self.socket.setsockopt(zmq.SNDHWM, 20_000)
         if address.startswith("ipc://"):
             _refuse_if_taken(Path(address.removeprefix("ipc://")))
         try:

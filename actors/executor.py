@@ -9,14 +9,14 @@ from typing import Any
 import zmq
 
 from penstock.actors.actor import SCHEDULER, Actor, Peer, PeerKey
-from penstock.actors.columns import done_from_result, plan_from_step
+from penstock.actors.columns import done_from_result, int32, plan_from_step
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Refusal
 from penstock.actors.mailbox import open_outbox
 from penstock.actors.messages import INSIDE, Step, StepDone
 from penstock.engine.model.spec import ModelError
 from penstock.engine.open import open_mock, open_model
-from penstock.engine.plan import Pending, StepRunner
+from penstock.engine.plan import Pending, StepResult, StepRunner
 
 
 class ExecutorActor(Actor):
@@ -86,7 +86,11 @@ class Results:
         address, outbox = "", None
         while (item := self._queue.get()) is not None:
             target, step, pending = item
-            done = done_from_result(pending.result(), step.scheduler, step.executor)
+            try:
+                result = pending.result()
+            except Exception as error:  # noqa: BLE001  whatever it was, the actor must hear of it: nobody watches this thread
+                result = StepResult(step.step, int32(b""), error=f"{type(error).__name__}: {error}")
+            done = done_from_result(result, step.scheduler, step.executor)
             if done.error is not None:
                 target = self._home
             if target != address or outbox is None:

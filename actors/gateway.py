@@ -15,6 +15,7 @@ from typing import Any
 from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
 from penstock.actors.admission import Admission
 from penstock.actors.columns import sampler_to_wire
+from penstock.actors.door import BATCH as DOOR_BATCH
 from penstock.actors.door import Door
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.journal import Entry, Journal, OpenRequest
@@ -46,8 +47,10 @@ from penstock.actors.sessions import Session, Sessions
 from penstock.actors.status import list_requests, status_report
 from penstock.actors.wire import WireError
 
+LOOK_EVERY_S = 0.1  # at leases and deadlines
+MOST_SESSIONS = 16_384
 JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
-MOST_FRUITLESS = 5  # attempts in a row of one stream that brought no token: the request itself is at fault
+MOST_FRUITLESS = 3  # attempts in a row of one stream that brought no token: the request itself is at fault
 
 
 class GatewayActor(Actor):
@@ -63,6 +66,7 @@ class GatewayActor(Actor):
         self.scheduler = 0  # incarnation that said Begin
         self.hellos: dict[bytes, Hello] = {}  # clients that came before the engine was ready
         self.draining = False
+        self.looked = 0.0  # when leases were judged last
         self.opened = False
         self.vitals: tuple[Any, ...] = ()
         self.totals = {"requests": 0, "finished": 0, "failed": 0, "generated_tokens": 0, "prompt_tokens": 0, "chunks": 0, "hand_overs": 0}
@@ -109,31 +113,47 @@ class GatewayActor(Actor):
     # ── the door ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def after(self) -> None:
-        now = time.monotonic()
+        now, taken = time.monotonic(), 0
         for identity, frame in self.door.receive():
-            self.progress += 1
+            taken += 1
             self._call(identity, frame, now)
+        self.progress += taken
         self._send_encodes()
         self._send_chunks()
+        # A renewal may still be waiting at the door: leases are judged only when everything there is read.
+        if taken < DOOR_BATCH and now - self.looked >= LOOK_EVERY_S:
+            self.looked = now
+            self._expire(now)
+            untold = any(request.told is None for session in self.sessions for request in session.requests.values())
+            if self.draining and not untold:
+                self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
+
+    def _expire(self, now: float) -> None:
+        """End what nobody waits for any more: clients that were silent for a lease, requests whose client came back without asking for
+        them, and prompts that are still being tokenized at their deadline."""
+        lease = self.config.lease
         for session in self.sessions:
-            if now - session.seen > self.config.lease:
+            if now - session.seen > lease:
                 self.log.info("lease expired", client=session.client, requests=len(session.requests))
                 for request in [request for request in session.requests.values() if request.told is None]:
-                    text = f"nothing came from the client for {self.config.lease:g} s"
-                    self._fail(request, Fault(code="lease_expired", message=text, limit=f"{self.config.lease:g} s"))
+                    text = f"nothing came from the client for {lease:g} s"
+                    self._fail(request, Fault(code="lease_expired", message=text, limit=f"{lease:g} s"))
                 self._leave(session)
-        if self.draining and not self.journal.entries and not self.admission.jobs:
-            self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
+                continue
+            for request in [one for one in session.requests.values() if one.left is not None and now - one.left > lease]:
+                self._drop(request)
+        for request in self.admission.late(now):
+            self._fail(request, Fault(code="overloaded", message="its time was over before its prompt was tokenized", actor="tokenizer"))
 
     def _send_chunks(self) -> None:
         now = time.monotonic()
-        for session in self.sessions:
+        for session in self.sessions.with_news():
             if session.may_send(self.config.window):
                 self.totals["chunks"] += 1
                 self.door.send(session.identity, session.chunks(now))
 
     def wake_in(self) -> float:
-        return min(HEARTBEAT_S, self.config.lease / 2)
+        return min(HEARTBEAT_S, self.config.lease / 2, LOOK_EVERY_S if self.draining else HEARTBEAT_S)
 
     def _call(self, identity: bytes, frame: bytes | WireError, now: float) -> None:
         session = self.sessions.find(identity)
@@ -156,11 +176,18 @@ class GatewayActor(Actor):
         if not 0 < len(hello.client) <= 64 or len(hello.name) > 256:
             raise WireError("malformed", "Hello.client must have 1 to 64 characters, Hello.name at most 256")
         if self.opened:
+            if len(self.sessions) >= MOST_SESSIONS and not self.sessions.knows(hello.client):
+                fault = Fault(code="overloaded", message=f"{MOST_SESSIONS} clients are connected", retry_after=self.config.lease)
+                self.door.send(identity, Failed(None, fault.to_wire()))
+                return
             self._welcome(identity, hello, now)
-        elif len(self.hellos) < 4096:
+        elif len(self.hellos) < MOST_SESSIONS:
             self.hellos[identity] = hello
 
     def _welcome(self, identity: bytes, hello: Hello, now: float) -> None:
+        before = self.sessions.find(identity)
+        if before is not None and before.client != hello.client:
+            self._leave(before)  # one client a connection
         self.sessions.meet(hello.client, hello.name, identity, now)
         limits = {"message": self.config.max_message, "open": self.config.max_open}
         model = self.model
@@ -179,13 +206,12 @@ class GatewayActor(Actor):
         now = time.monotonic()
         try:
             known = session.requests.get(message.request)
-            if message.resume is not None and known is not None and known.entries and not known.attached:
-                self._reattach(session, known, message.resume)
-                return
-            if known is not None and not known.attached:  # said again on a new connection, its answer was lost
-                self._reattach(session, known, {"received": [b""] * len(known.entries)})
-                return
-            if known is not None and known.told is None:
+            if known is not None and not known.attached:
+                if message.resume is not None and known.entries:
+                    self._reattach(session, known, message.resume)
+                    return
+                self._drop(known)  # said again on a new connection, without its answer: it begins anew
+            elif known is not None and known.told is None:
                 raise Refusal(
                     "duplicate_request", f"the client has an open request {message.request!r}", field="request", value=message.request[:120]
                 )
@@ -193,7 +219,8 @@ class GatewayActor(Actor):
                 code = "draining" if self.draining else "unavailable"
                 raise Refusal(code, "the engine takes no new requests now", retry_after=1.0)
             request = OpenRequest(message.request, session, now)
-            job = self.admission.admit(request, message, self.model, self.journal, now)
+            held = sum(len(other.entries) for other in session.requests.values())
+            job = self.admission.admit(request, message, self.model, self.journal, held, now)
         except Refusal as refusal:
             self.totals["failed"] += 1
             self.door.send(session.identity, Failed(message.request, refusal.fault.to_wire()))
@@ -212,7 +239,7 @@ class GatewayActor(Actor):
         if job is None or job.request.session.requests.get(job.request.id) is not job.request or self.model is None:
             return  # cancelled meanwhile
         try:
-            self.admission.resolve(job, message, self.model)
+            self.admission.resolve(job, message, self.model, self.journal)
         except Refusal as refusal:
             self._fail(job.request, refusal.fault)
             return
@@ -227,7 +254,8 @@ class GatewayActor(Actor):
         received = self.admission.received.pop(request, None) or [array("i") for _ in range(resolved.params.n)]
         request.entries = [self.journal.open(request, child, ids) for child, ids in enumerate(received)]
         self.totals["prompt_tokens"] += resolved.prompt_tokens
-        self._attach(request)
+        if request.attached:  # else its client has another connection by now, and will ask
+            self._attach(request)
         for entry in request.entries:
             reason = _complete(entry, resolved, self.model)
             if reason is not None:
@@ -238,7 +266,7 @@ class GatewayActor(Actor):
     def _attach(self, request: OpenRequest) -> None:
         """Number the streams of a request on its client's connection, and tell it."""
         session = request.session
-        request.attached = True
+        request.attached, request.left = True, None
         for entry in request.entries:
             session.streams += 1
             entry.stream = session.streams
@@ -247,23 +275,28 @@ class GatewayActor(Actor):
 
     def _reattach(self, session: Session, request: OpenRequest, resume: dict[str, Any]) -> None:
         """A client is back on a new connection: go on where it says it is."""
-        if not request.entries:
-            request.attached = True  # still being tokenized
-            return
-        received = self.admission.received_ids(resume, len(request.entries))
-        if not all(entry.rewind(ids) for entry, ids in zip(request.entries, received, strict=True)):
-            raise Refusal("invalid_request", "the received ids are not those of this request", field="resume.received")
+        try:
+            received = self.admission.received_ids(resume, len(request.entries))
+            if not all(entry.rewind(ids) for entry, ids in zip(request.entries, received, strict=True)):
+                raise Refusal("invalid_request", "the received ids are not those of this request", field="resume.received")
+        except Refusal:
+            self._drop(request)  # the error is its terminal
+            raise
         self._attach(request)
         for entry in request.entries:
             session.mark(entry)
 
     def hand_over(self, entry: Entry) -> None:
         """Give a stream's value to the scheduler, as it stands in the journal. Rows of earlier attempts no longer count."""
+        if entry.handle not in self.journal.entries:
+            return  # it ended while others of the same message were handled
         entry.attempt += 1
         entry.fruitless = entry.fruitless + 1 if len(entry.ids) == entry.mark else 1
         entry.mark = len(entry.ids)
         if entry.fruitless > MOST_FRUITLESS:
-            self._fail(entry.request, Fault(code="engine_fault", message=f"{MOST_FRUITLESS} attempts in a row failed", actor="executor"))
+            # It may be at fault, or only have been there each time: so trying again is allowed.
+            text = f"{MOST_FRUITLESS} attempts in a row failed before a token came"
+            self._fail(entry.request, Fault(code="engine_fault", message=text, actor="executor", retryable=True))
             return
         resolved = entry.request.resolved
         if resolved is None or self.model is None:
@@ -287,10 +320,12 @@ class GatewayActor(Actor):
             request = session.requests.get(name) if isinstance(name, str) else None
             if request is None:
                 continue
-            if not request.entries:  # still being tokenized
+            if not request.attached:  # of an earlier connection: nobody is told
+                self._drop(request)
+            elif not request.entries:  # still being tokenized
                 self.admission.forget(request)
                 self._fail(request, Fault(code="not_found", message="cancelled before it began", retryable=False))
-            for entry in request.entries:
+            for entry in request.entries if request.attached else ():
                 if entry.ended is None:
                     self._abort(entry)
                     self._end(entry, "cancelled", {})
@@ -312,6 +347,8 @@ class GatewayActor(Actor):
         self._send_chunks()  # at once, or the news of several steps would become one chunk
 
     def _end(self, entry: Entry, reason: str, facts: dict[str, Any]) -> None:
+        if entry.handle not in self.journal.entries:
+            return  # its request has failed already
         entry.ended = reason, facts
         self.journal.close(entry)
         entry.request.session.mark(entry)
@@ -319,9 +356,11 @@ class GatewayActor(Actor):
             self.totals["finished"] += 1
 
     def _fail(self, request: OpenRequest, fault: Fault) -> None:
-        """The other kind of terminal: an error."""
-        self.totals["failed"] += 1
+        """The other kind of terminal: an error. Only the first one counts."""
         session = request.session
+        if session.requests.get(request.id) is not request:
+            return
+        self.totals["failed"] += 1
         self._drop(request)
         if request.attached:
             self.door.send(session.identity, Failed(request.id, fault.to_wire()))

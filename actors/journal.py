@@ -63,6 +63,7 @@ class OpenRequest:
     session: Session
     arrived: float
     attached: bool = True  # to the session's present connection
+    left: float | None = None  # when it lost its connection, until its client asks for it again
     resolved: Resolved | None = None
     entries: list[Entry] = field(default_factory=list)
     tokenized: float = 0.0

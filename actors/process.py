@@ -79,11 +79,11 @@ def main() -> None:
     if post.kind == "executor":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    build_actor(post, context).run()
+    well = build_actor(post, context).run()
     context.term()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # torch's own threads and exit handlers may take seconds, and nothing is left to be done
+    os._exit(0 if well else 1)  # torch's own threads and exit handlers may take seconds, and nothing is left to be done
 
 
 if __name__ == "__main__":

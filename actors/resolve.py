@@ -14,11 +14,13 @@ import numpy as np
 
 from penstock.actors.columns import int32
 from penstock.actors.errors import Refusal
-from penstock.engine.params import InvalidParameter, SamplingParams
+from penstock.engine.params import HIGHEST_PRIORITY, InvalidParameter, SamplingParams
 from penstock.engine.request import BadWords, Sampler
 
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 LONGEST_NAME = 256
+MOST_WORDS, LONGEST_WORD = 4096, 1024  # of resolved bad words: variants, token ids
+COLDEST = 1e-5  # a temperature below this is greedy: logits divided by it would overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Resolved:
         params = self.params
         stops = params.stop_token_ids if params.ignore_eos else (*eos, *params.stop_token_ids)
         return Sampler(
-            temperature=params.temperature or 0.0,
+            temperature=params.temperature if params.temperature and params.temperature >= COLDEST else 0.0,
             top_k=params.top_k or 0,
             top_p=1.0 if params.top_p is None else params.top_p,
             min_p=params.min_p or 0.0,
@@ -117,9 +119,8 @@ def resolve(
     if truncate is not None:
         ids = ids[-truncate:]
     check_prompt(ids, model)
-    room = min(model.max_model_len, model.capacity + 1) - len(ids)
     defaults = {name: model.defaults.get(name, neutral) for name, neutral in NEUTRAL.items() if getattr(params, name) is None}
-    most = room if params.max_tokens is None else min(params.max_tokens, room)
+    most = min(room(len(ids), model), params.max_tokens or model.max_model_len)
     filled = replace(
         params, **defaults, seed=seed if params.seed is None else params.seed, max_tokens=most, min_tokens=min(params.min_tokens, most)
     )
@@ -138,28 +139,56 @@ def resolved_from_wire(values: object, model: Model) -> Resolved:
         raise Refusal("invalid_request", "resume must be a map", field="resume", limit="what Accepted returned")
     for name, mine in (("model", model.digest), ("tokenizer", model.tokenizer)):
         if values.get(name) != mine:
-            raise Refusal(
-                "digest_mismatch", f"the request was begun on another {name}: its digest is {values.get(name)!r}, here it is {mine!r}",
-                field=f"resume.{name}", value=str(values.get(name))[:120], limit=mine,
-            )  # fmt: skip
-    prompt, words, priority, tenant = values.get("prompt"), values.get("words"), values.get("priority"), values.get("tenant")
-    if not isinstance(prompt, bytes) or len(prompt) % 4 or not isinstance(words, list | tuple) or not isinstance(priority, int):
+            theirs = str(values.get(name))[:120]
+            text = f"the request was begun on another {name}: its digest is {theirs}, here it is {mine}"
+            raise Refusal("digest_mismatch", text, field=f"resume.{name}", value=theirs, limit=mine)
+    prompt, words = values.get("prompt"), values.get("words")
+    if not isinstance(prompt, bytes) or len(prompt) % 4 or values.get("adapter") is not None:
         raise Refusal("invalid_request", "resume is not what Accepted returned", field="resume", limit="what Accepted returned")
-    if not isinstance(tenant, str) or values.get("adapter") is not None:
-        raise Refusal("invalid_request", "resume is not what Accepted returned", field="resume", limit="what Accepted returned")
+    tenant, priority = check_standing(values.get("tenant"), values.get("priority"))
     try:
         params = SamplingParams.from_wire(values.get("params"))
-        checked = SamplingParams(bad_words=tuple(tuple(word) for word in words)).bad_words
+        checked = _words(words)
     except (InvalidParameter, TypeError) as error:
         raise Refusal("invalid_request", f"resume: {error}", field="resume.params", limit="what Accepted returned") from error
     if params.max_tokens is None or params.seed is None or any(getattr(params, name) is None for name in NEUTRAL):
         raise Refusal("invalid_request", "resume has open defaults", field="resume.params", limit="what Accepted returned")
     check_prompt(int32(prompt), model)
+    most = min(params.max_tokens, room(len(prompt) // 4, model))
+    params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
     resolved = Resolved(
         model=model.digest, tokenizer=model.tokenizer, adapter=None, prompt=prompt, params=params,
-        words=tuple(word for word in checked if isinstance(word, tuple)), priority=priority, tenant=tenant,
+        words=checked, priority=priority, tenant=tenant,
     )  # fmt: skip
     return check(resolved, model)
+
+
+def room(prompt_tokens: int, model: Model) -> int:
+    """The most tokens that can follow a prompt. The last one is never fed back, so it needs no place in the cache."""
+    return min(model.max_model_len, model.capacity + 1) - prompt_tokens
+
+
+def check_standing(tenant: object, priority: object) -> tuple[str, int]:
+    """A tenant and a priority that can be. Raises `Refusal`."""
+    if not isinstance(tenant, str) or len(tenant) > LONGEST_NAME:
+        limit = f"a text of at most {LONGEST_NAME} characters"
+        raise Refusal("invalid_request", f"tenant: must be {limit}", field="tenant", value=str(tenant)[:120], limit=limit)
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > HIGHEST_PRIORITY:
+        limit, value = f"an integer from {-HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}", str(priority)[:120]
+        raise Refusal("invalid_request", f"priority={value}: must be {limit}", field="priority", value=value, limit=limit)
+    return tenant, priority
+
+
+def _words(words: object) -> BadWords:
+    """Resolved bad words: there are more of them than a request may give, since a text has several variants."""
+    limit = f"a list of at most {MOST_WORDS} words of 1 to {LONGEST_WORD} token ids"
+    if not isinstance(words, list | tuple) or len(words) > MOST_WORDS:
+        raise InvalidParameter("words", type(words).__name__, limit)
+    for word in words:
+        listed = isinstance(word, list | tuple) and 0 < len(word) <= LONGEST_WORD
+        if not listed or not all(type(token) is int and token >= 0 for token in word):
+            raise InvalidParameter("words", word, limit)
+    return tuple(tuple(word) for word in words)
 
 
 def check_prompt(ids: np.ndarray[Any, np.dtype[np.int32]], model: Model) -> None:
@@ -182,8 +211,20 @@ def check_prompt(ids: np.ndarray[Any, np.dtype[np.int32]], model: Model) -> None
 
 
 def check(resolved: Resolved, model: Model) -> Resolved:
-    """Raise `Refusal` for a token id outside the vocabulary in any parameter."""
+    """Raise `Refusal` for a token id outside the vocabulary in any parameter, and where nothing would be left to choose from."""
     params = resolved.params
+    if params.stop and not resolved.tokenizer:
+        text = "stop strings need a tokenizer, and this engine has none: use stop_token_ids"
+        raise Refusal("invalid_request", text, field="stop", limit="no stop strings")
+    if len(resolved.words) > MOST_WORDS or any(len(word) > LONGEST_WORD for word in resolved.words):
+        text = f"bad_words: they are {len(resolved.words)} variants in all, the longest of {max(map(len, resolved.words))} tokens"
+        raise Refusal("invalid_request", text, field="bad_words", limit=f"{MOST_WORDS} variants of {LONGEST_WORD} tokens")
+    if params.allowed_tokens:
+        banned = {word[0] for word in resolved.words if len(word) == 1}
+        banned |= set(params.stop_token_ids) if params.min_tokens else set()
+        if not set(params.allowed_tokens) - banned:
+            text = "allowed_tokens: every one of them is a bad word, or a stop token before min_tokens"
+            raise Refusal("invalid_request", text, field="allowed_tokens", limit="at least one token that may be generated")
     for name, ids in (
         ("logit_bias", [pair[0] for pair in params.logit_bias]),
         ("allowed_tokens", params.allowed_tokens),

@@ -117,6 +117,7 @@ class SchedulerActor(Actor):
     def after(self) -> None:
         if self.scheduler is None:
             return
+        self.scheduler.expire(time.monotonic())
         self._launch()
         while self.commits:
             commit = self.commits.popleft()
@@ -126,8 +127,8 @@ class SchedulerActor(Actor):
             self._emit(None, ended)
 
     def wake_in(self) -> float:
-        stuck = self.scheduler is not None and self.scheduler.waiting and not self.scheduler.in_flight
-        return 0.05 if stuck else HEARTBEAT_S  # deadlines pass although no result arrives
+        busy = self.scheduler is not None and (self.scheduler.waiting or self.scheduler.running)
+        return 0.05 if busy else HEARTBEAT_S  # deadlines pass although no result arrives
 
     def _launch(self) -> None:
         scheduler = self.scheduler

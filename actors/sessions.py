@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class Session:
     requests: dict[str, OpenRequest] = field(default_factory=dict)
     dirty: dict[int, Entry] = field(default_factory=dict)  # handle → entry with unsent news
     finished: deque[tuple[int, OpenRequest]] = field(default_factory=deque)  # told in Chunks number, not yet acknowledged
+    news: set[Session] = field(default_factory=set)  # the sessions that have some, shared by all
 
     def attach(self, identity: bytes, now: float) -> None:
         """A new connection of a known client: its streams are sent again when it asks to resume them."""
@@ -34,8 +36,7 @@ class Session:
         self.dirty.clear()
         self.finished.clear()
         for request in self.requests.values():
-            request.attached = False
-            request.told = None
+            request.attached, request.told, request.left = False, None, now
 
     def acknowledge(self, received: int) -> None:
         """Forget what the client has for certain."""
@@ -48,6 +49,7 @@ class Session:
     def mark(self, entry: Entry) -> None:
         if entry.request.attached:
             self.dirty[entry.handle] = entry
+            self.news.add(self)
 
     def may_send(self, window: int) -> bool:
         return bool(self.dirty) and self.number - self.acknowledged < window
@@ -82,6 +84,7 @@ class Session:
                     request.told = self.number
                     self.finished.append((self.number, request))
         self.dirty.clear()
+        self.news.discard(self)
         return Chunks(
             self.number, streams.tobytes(), counts.tobytes(), ids.tobytes(), tuple(texts), tuple(details), tuple(ends), tuple(done)
         )
@@ -93,9 +96,17 @@ class Sessions:
     def __init__(self) -> None:
         self._by_identity: dict[bytes, Session] = {}
         self._by_client: dict[str, Session] = {}
+        self._news: set[Session] = set()
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Session]:
         return iter(list(self._by_client.values()))
+
+    def with_news(self) -> list[Session]:
+        """Those with something to send."""
+        return list(self._news)
+
+    def knows(self, client: str) -> bool:
+        return client in self._by_client
 
     def __len__(self) -> int:
         return len(self._by_client)
@@ -107,7 +118,7 @@ class Sessions:
         """The session of a client that said Hello: a new one, or its own, moved to this connection."""
         session = self._by_client.get(client)
         if session is None:
-            session = self._by_client[client] = Session(client, name, identity, now)
+            session = self._by_client[client] = Session(client, name, identity, now, news=self._news)
         else:
             self._by_identity.pop(session.identity, None)
             session.attach(identity, now)
@@ -116,5 +127,6 @@ class Sessions:
 
     def forget(self, session: Session) -> None:
         self._by_client.pop(session.client, None)
+        self._news.discard(session)
         if self._by_identity.get(session.identity) is session:
             del self._by_identity[session.identity]

@@ -144,8 +144,10 @@ class Supervisor:
                 self.log.info("engine ready", address=self.door)
                 self.report({"ready": self.door, "directory": str(self.workplace.path), "pid": os.getpid()})
             return
-        worker.ready, worker.facts = True, message.facts
+        worker.ready, worker.facts, worker.begun = True, message.facts, time.monotonic()
         self._announce()
+        if self.drain_until is not None:
+            self.mail.send(GATEWAY, Drain())  # one that was started anew does not know
 
     def _heartbeat(self, message: Heartbeat) -> None:
         worker = self._worker(message)

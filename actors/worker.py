@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -78,7 +79,7 @@ class ProcessWorker(Worker):
         finally:
             os.close(post_read)
             os.close(death_read)
-        with os.fdopen(post_write, "w") as pipe:
+        with suppress(BrokenPipeError), os.fdopen(post_write, "w") as pipe:  # it may be dead already: that is noticed elsewhere
             pipe.write(post_to_json(post))
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)

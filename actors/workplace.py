@@ -30,7 +30,10 @@ class Workplace:
             _remove_abandoned(root)
             self.path = root / secrets.token_hex(4)
         else:
-            self.path = Path(directory)
+            # Never the folder itself: it may hold what is not ours, and all of this one is removed at the end.
+            _make_private(Path(directory))
+            _remove_abandoned(Path(directory))
+            self.path = Path(directory) / f"engine-{secrets.token_hex(4)}"
         if len(str(self.path)) > 70:  # a socket's path is limited to 107 bytes by the kernel
             text = f"the path {self.path} is too long for sockets"
             raise Refusal("start_error", text, field="directory", value=str(self.path), limit="70 characters")
@@ -41,9 +44,6 @@ class Workplace:
         except BlockingIOError as error:
             os.close(self._lock)
             raise Refusal("start_error", f"an engine is running in {self.path}", field="directory", value=str(self.path)) from error
-        for left in self.path.iterdir():  # of an engine that was killed
-            if left.is_socket():
-                left.unlink(missing_ok=True)
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -52,14 +52,16 @@ class Workplace:
 
 def _make_private(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.stat()
-    if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
+    info = path.lstat()
+    if stat.S_ISLNK(info.st_mode) or info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
         raise Refusal("start_error", f"{path} must belong to this user with mode 0700", field="directory", value=str(path))
 
 
 def _remove_abandoned(root: Path) -> None:
     """Remove folders whose engine is gone: nobody holds their lock."""
     for folder in root.iterdir():
+        if folder.is_symlink() or not (folder / "lock").is_file():
+            continue
         try:
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         except OSError:

@@ -12,7 +12,7 @@ from typing import Any
 from penstock.actors.messages import TO_GATEWAY, Generate
 from penstock.actors.wire import Limits, WireError
 from penstock.clients.errors import InvalidRequest, MessageTooLarge, from_parameter
-from penstock.engine.params import InvalidParameter, PromptOptions, SamplingParams
+from penstock.engine.params import HIGHEST_PRIORITY, InvalidParameter, PromptOptions, SamplingParams
 
 Prompt = str | Iterable[int]
 Message = Mapping[str, Any]
@@ -63,8 +63,8 @@ def build(
             raise refuse(name, value, f"a text of {least} to {_LONGEST_NAME} characters")
     deadline = None if deadline is None else check_positive("deadline", deadline)
     queue_timeout = None if queue_timeout is None else check_positive("queue_timeout", queue_timeout)
-    if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
-        raise refuse("priority", priority, "an integer of 32 bits")
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > HIGHEST_PRIORITY:
+        raise refuse("priority", priority, f"an integer from {-HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}")
     return Generate(
         request or uuid.uuid4().hex, text, _messages(messages), ids, sampling.to_wire(), option_map, adapter, priority, tenant,
         deadline, queue_timeout, None,

@@ -47,7 +47,7 @@ class Streams:
             if track is not None and track.reason is None:
                 if count:
                     track.ids.frombytes(ids[at:end])
-                if text:
+                if text and (count or track.ids or not track.texts):  # else an echo that is here already
                     track.texts.append(text)
                 if not track.fresh:
                     track.fresh = True

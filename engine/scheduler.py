@@ -112,12 +112,16 @@ class Scheduler:
         if stream is not None:
             self._end(stream, reason, now)
 
+    def expire(self, now: float) -> None:
+        """End the streams whose time is over."""
+        for stream, reason in self._deadlines.due(now):
+            self._end(stream, reason, now)
+
     # ── the next step ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can run before another result or request arrives."""
-        for stream, reason in self._deadlines.due(now):
-            self._end(stream, reason, now)
+        self.expire(now)
         draft = Draft(self.config.token_budget)
         for priority in sorted(self._slots.shares.priorities() | self._queue.priorities(), reverse=True):
             self._decode(priority, draft)

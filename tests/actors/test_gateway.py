@@ -10,7 +10,7 @@ import msgpack
 import pytest
 import zmq
 
-from penstock.actors.messages import Accepted, Cancel, Chunks, Goodbye, Hello, List, Listing, Renew
+from penstock.actors.messages import Accepted, Cancel, Chunks, Failed, Goodbye, Hello, List, Listing, Renew
 from penstock.actors.wire import VERSION
 from penstock.clients.launcher import Engine
 
@@ -176,6 +176,79 @@ def test_a_message_beyond_twice_the_limit_ends_the_connection_and_the_requests_r
     raw.send(List(1))
     assert [row["request"] for row in raw.wait(Listing).requests] == ["r"]
     raw.send(Cancel(("r",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"priority": 2**64 - 1}, "priority"), ({"priority": 2**62 + 1}, "priority"), ({"priority": True}, "priority"),
+        ({"tenant": "t" * 500}, "tenant"), ({"received": (ids(*range(2, 102)),)}, "resume.received"), ({"received": ()}, "resume.received"),
+    ],
+)  # fmt: skip
+def test_a_resolved_value_is_judged_like_any_other_input(raw: Any, change: dict[str, Any], field: str) -> None:
+    raw.generate("r", ids=ids(5, 6, 7), params={"max_tokens": 3})
+    resolved = raw.wait(Accepted).resolved
+    raw.generate("s", resume={**resolved, "received": (b"",), **change})
+    assert raw.failure("s")["field"] == field
+
+
+def test_a_request_with_more_variants_of_bad_words_than_may_be_given_can_be_resumed(raw: Any) -> None:
+    raw.generate("r", prompt="hello", params={"max_tokens": 3, "bad_words": [f"word{number}" for number in range(200)]})
+    resolved = raw.wait(Accepted).resolved
+    assert len(resolved["words"]) > 256
+    raw.generate("s", resume={**resolved, "received": (b"",)})
+    assert raw.done("s")["generated_tokens"] == 3
+
+
+def test_a_request_that_is_said_again_on_a_new_connection_begins_anew(raw: Any, connect: Callable[[str], Any], engine: Engine) -> None:
+    raw.generate("job", ids=ids(1, 2, 3), params={"max_tokens": 5})
+    raw.done("job")
+    again = connect(engine.address)
+    again.name = raw.name
+    again.hello()
+    again.generate("job", ids=ids(*range(2, 52)), params={"max_tokens": 4})
+    assert again.wait(Accepted).resolved["prompt"] == ids(*range(2, 52))
+    assert again.done("job")["generated_tokens"] == 4
+
+
+def test_resuming_with_other_ids_than_were_released_ends_the_request(raw: Any, connect: Callable[[str], Any], engine: Engine) -> None:
+    raw.generate("job", ids=ids(1, 2, 3), params={"max_tokens": 20_000})
+    resolved = raw.wait(Accepted).resolved
+    again = connect(engine.address)
+    again.name = raw.name
+    again.hello()
+    again.generate("job", resume={**resolved, "received": (ids(9, 9, 9),)})
+    assert again.failure("job")["field"] == "resume.received"
+    again.send(List(1))
+    assert again.wait(Listing).requests == ()
+
+
+def test_a_request_ends_once_however_many_of_its_samples_fail(connect: Callable[[str], Any]) -> None:
+    with Engine("tiny", executor="mock", tokenizer="none") as engine:
+        engine.wait(60)
+        raw = connect(engine.address)
+        raw.hello()
+        raw.generate("r", ids=ids(1, 2), params={"n": 8, "stop": ["a"]})
+        assert raw.failure("r")["field"] == "stop"
+        raw.generate("text", prompt="hello")
+        assert raw.failure("text")["code"] == "invalid_request"
+        raw.generate("good", ids=ids(1, 2), params={"max_tokens": 2})
+        raw.done("good")
+        assert [message.request for message in raw.got if isinstance(message, Failed)] == ["r", "text"]
+
+
+def test_what_a_client_does_not_acknowledge_counts_against_it(raw: Any) -> None:
+    raw.credit = False
+    for number in range(70):
+        raw.generate(f"r{number}", ids=ids(1, 2), params={"max_tokens": 1})
+    assert raw.wait(Failed).error["code"] == "overloaded"
+
+
+def test_contradictions_that_leave_no_token_are_refused(raw: Any) -> None:
+    raw.generate("a", ids=ids(1), params={"allowed_tokens": [50], "bad_words": [[50]]})
+    assert raw.failure("a")["field"] == "allowed_tokens"
+    raw.generate("b", ids=ids(1), params={"allowed_tokens": [5], "stop_token_ids": [5], "min_tokens": 2})
+    assert raw.failure("b")["field"] == "allowed_tokens"
 
 
 def test_random_bytes_end_nothing(raw: Any, engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from penstock.actors.messages import Accepted, Chunks
+from penstock.actors.messages import Accepted, Chunks, Renew
 from penstock.clients.errors import InvalidRequest, PenstockError, StartError
 from penstock.clients.launcher import Engine
 
@@ -38,8 +39,11 @@ def shared_memory() -> set[str]:
 def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder for an engine's sockets, whose path is short enough."""
     path = Path("/tmp") / f"ps{os.getpid()}{time.monotonic_ns() % 10**6}"
+    path.mkdir(mode=0o700)
+    (path / "mine").write_text("not the engine's")
     yield path
-    assert not path.exists()
+    assert (path / "mine").exists()
+    shutil.rmtree(path)
 
 
 def test_terminating_drains_and_leaves_nothing_behind(private: Path, connect: Callable[[str], Any]) -> None:
@@ -59,7 +63,7 @@ def test_terminating_drains_and_leaves_nothing_behind(private: Path, connect: Ca
         assert raw.done("r")["generated_tokens"] == 3000
         wait_gone(processes)
         assert engine.status == 0
-    assert not private.exists()
+    assert [entry.name for entry in private.iterdir()] == ["mine"]
     assert shared_memory() == before
 
 
@@ -123,6 +127,36 @@ def test_streams_survive_the_death_of_any_actor(kind: str) -> None:
             assert max(row["incarnation"] for row in report["actors"]) > 5
 
 
+def test_draining_waits_for_a_slow_reader(connect: Callable[[str], Any]) -> None:
+    with Engine("tiny", executor="mock", window=1) as engine:
+        engine.wait(60)
+        raw = connect(engine.address)
+        raw.hello()
+        raw.credit = False
+        raw.generate("r", ids=array("i", [1, 2]).tobytes(), params={"max_tokens": 500})
+        raw.wait(Chunks)
+        engine.drain()
+        time.sleep(1.0)
+        raw.credit = True
+        raw.send(Renew(1))
+        assert raw.done("r")["generated_tokens"] == 500
+
+
+@pytest.mark.parametrize("stopped", ["executor", "tokenizer"])
+def test_a_deadline_passes_also_while_a_part_of_the_engine_hangs(stopped: str, connect: Callable[[str], Any]) -> None:
+    with Engine("tiny", executor="mock") as engine:
+        engine.wait(60)
+        raw = connect(engine.address)
+        raw.hello()
+        actors = raw.until(lambda report: len(report["actors"]) == 5)["actors"]
+        os.kill(next(row["pid"] for row in actors if row["kind"] == stopped), signal.SIGSTOP)
+        raw.generate("r", prompt="hello there", params={"max_tokens": 5000}, deadline=0.5)
+        if stopped == "tokenizer":
+            assert raw.failure("r")["code"] == "overloaded"
+        else:
+            assert [row[1] for row in raw.wait(Chunks, lambda message: bool(message.ends)).ends] == ["deadline"]
+
+
 def test_all_actors_run_in_one_process_over_inproc(connect: Callable[[str], Any]) -> None:
     with Engine("tiny", executor="mock", placement="threads") as engine:
         engine.wait(60)
@@ -146,9 +180,8 @@ def test_several_tokenizers_and_detokenizers_share_the_work(connect: Callable[[s
             for name, usage in raw.wait(Chunks, lambda message: bool(message.done)).done:
                 ends[name] = usage["generated_tokens"]
         assert set(ends.values()) == {40}
-        busy = [row for row in raw.status()["actors"] if row["kind"] in ("tokenizer", "detokenizer")]
-        assert len(busy) == 5
-        assert all(row["progress"] > 1 for row in raw.until(lambda report: True)["actors"] if row["kind"] == "detokenizer")
+        # Reports are a second old at most: soon each has been seen to work.
+        raw.until(lambda report: sum(row["progress"] > 1 for row in report["actors"] if row["kind"] in ("tokenizer", "detokenizer")) == 5)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_a_resolved_value_survives_the_wire() -> None:
         ({"words": ((10**12,),)}, "invalid_request"),
         ({"words": ((500,),)}, "invalid_request"),
         ({"words": (5,)}, "invalid_request"),
+        ({"words": ((),)}, "invalid_request"),
         ({"priority": "high"}, "invalid_request"),
         ({"tenant": 4}, "invalid_request"),
         ({"adapter": "a"}, "invalid_request"),
@@ -103,6 +104,16 @@ def test_a_value_that_was_tampered_with_is_refused(change: dict[str, Any], code:
     with pytest.raises(Refusal) as caught:
         resolved_from_wire({**resolved(SamplingParams()).to_wire(), **change}, MODEL)
     assert caught.value.fault.code == code
+
+
+def test_a_resumed_request_generates_no_more_than_fits_here() -> None:
+    small = Model(name="m", digest="d", tokenizer="t", vocab_size=100, max_model_len=20, capacity=64, eos=(), defaults={})
+    back = resolved_from_wire(resolved(SamplingParams(min_tokens=30)).to_wire(), small)
+    assert (back.limit, back.params.min_tokens) == (17, 17)
+
+
+def test_a_temperature_that_would_overflow_is_greedy() -> None:
+    assert resolved(SamplingParams(temperature=1e-40)).sampler(0, ()).temperature == 0.0
 
 
 def test_what_is_no_map_is_no_value() -> None:
@@ -141,6 +152,11 @@ def test_a_setting_that_cannot_be_is_refused_by_name(values: dict[str, Any]) -> 
     with pytest.raises(Refusal) as caught:
         EngineConfig.from_wire(values)
     assert caught.value.fault.field in values
+
+
+def test_a_port_must_be_named() -> None:
+    with pytest.raises(Refusal):
+        EngineConfig(address="tcp://127.0.0.1:*")
 
 
 def test_a_config_survives_the_wire() -> None:
