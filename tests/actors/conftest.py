@@ -80,7 +80,7 @@ class RawClient:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine("tiny", executor="mock", max_open=64, lease=2.0, max_message=100_000) as running:
+    with Engine("tiny", executor="mock", max_open=256, lease=2.0, max_message=100_000) as running:
         running.wait(60)
         yield running
 

@@ -239,7 +239,7 @@ def test_a_request_ends_once_however_many_of_its_samples_fail(connect: Callable[
 
 def test_what_a_client_does_not_acknowledge_counts_against_it(raw: Any) -> None:
     raw.credit = False
-    for number in range(70):
+    for number in range(260):
         raw.generate(f"r{number}", ids=ids(1, 2), params={"max_tokens": 1})
     assert raw.wait(Failed).error["code"] == "overloaded"
 
@@ -283,14 +283,15 @@ def test_a_client_that_vanishes_gives_its_blocks_back(raw: Any, connect: Callabl
 
 
 def test_more_streams_than_are_allowed_are_refused_at_once_with_a_time_to_come_back(raw: Any) -> None:
-    raw.generate("first", ids=ids(1, 2), params={"max_tokens": 20_000, "n": 60})
-    raw.wait(Accepted)
-    raw.generate("second", ids=ids(1, 2), params={"n": 5})
-    error = raw.failure("second")
+    for name in ("first", "second"):
+        raw.generate(name, ids=ids(1, 2), params={"max_tokens": 20_000, "n": 126})
+        raw.wait(Accepted)
+    raw.generate("third", ids=ids(1, 2), params={"n": 5})
+    error = raw.failure("third")
     assert error["code"] == "overloaded"
     assert error["retryable"]
     assert error["retry_after"] > 0
-    raw.send(Cancel(("first",)))
+    raw.send(Cancel(("first", "second")))
     raw.done("first")
 
 
