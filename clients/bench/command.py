@@ -82,12 +82,15 @@ def pipeline_command(
     output: Annotated[int, typer.Option(help="tokens out", min=1)] = 512,
     rounds: Annotated[int, typer.Option(help="the median counts", min=1)] = 5,
     as_json: Json = False,
+    plot_file: Plot = None,
     **given: Any,
 ) -> None:
     """Everything but the model: a mock executor, real messages, tokenizer, detokenizer and client."""
     with reported():
-        figures = asyncio.run(pipeline(streams, prompt, output, rounds, **only_given(given)))
+        figures, run = asyncio.run(pipeline(streams, prompt, output, rounds, **only_given(given)))
         figures["machine"] = machine()
+        if plot_file is not None:
+            plot(plot_file, "pipeline", {"gap between chunks": [gap for trace in run.traces for gap in trace.gaps]}, "seconds", "share")
         show("pipeline", figures, as_json=as_json)
 
 

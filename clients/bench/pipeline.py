@@ -18,7 +18,7 @@ from penstock.clients.bench.offline import engine, settled, step_figures
 WORDS = "the list of all the values that are returned by the function when it is called with more than one argument "
 
 
-async def pipeline(streams: int, prompt: int, output: int, rounds: int, **config: Any) -> dict[str, Any]:
+async def pipeline(streams: int, prompt: int, output: int, rounds: int, **config: Any) -> tuple[dict[str, Any], Run]:
     """`streams` requests at once, of `prompt` tokens in and `output` out, `rounds` times; the figures are those of the median round."""
     config = {"executor": "mock", "max_running": max(256, streams), **config}
     async with engine("tiny", **config) as (client, startup):
@@ -28,11 +28,12 @@ async def pipeline(streams: int, prompt: int, output: int, rounds: int, **config
         after = await settled(client)
         idle = await _idle_cpu(client, 5.0)
         run = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
-        return {
+        figures = {
             "workload": f"pipeline, {streams} streams, {prompt} tokens in, {output} out", **run.figures(), "startup_s": startup,
             "runs_tokens_per_s": [run.figures()["output_tokens_per_s"] for run in runs],
             "idle_cpu_percent": idle, **step_figures(before, after), "config": config,
         }  # fmt: skip
+        return figures, run
 
 
 async def _round(client: AsyncClient, streams: int, prompt: int, output: int) -> Run:
