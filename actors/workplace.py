@@ -8,9 +8,12 @@ import secrets
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from penstock.actors.errors import Refusal
+
+LONGEST_PATH = 80  # bytes: the kernel limits a socket's path to 107, and its name is up to 26
 
 
 def runtime_root() -> Path:
@@ -25,18 +28,21 @@ class Workplace:
     """Owns one folder. Sockets in it are bound by the actors; `close` removes whatever is left."""
 
     def __init__(self, directory: str | None) -> None:
+        self._made: Path | None = None  # the folder around it, if that is our doing too
         if directory is None:
             root = runtime_root()
             _remove_abandoned(root)
             self.path = root / secrets.token_hex(4)
         else:
             # Never the folder itself: it may hold what is not ours, and all of this one is removed at the end.
-            _make_private(Path(directory))
-            _remove_abandoned(Path(directory))
-            self.path = Path(directory) / f"engine-{secrets.token_hex(4)}"
-        if len(str(self.path)) > 70:  # a socket's path is limited to 107 bytes by the kernel
+            self.path = Path(directory) / secrets.token_hex(4)
+        if len(os.fsencode(self.path)) > LONGEST_PATH:
             text = f"the path {self.path} is too long for sockets"
-            raise Refusal("start_error", text, field="directory", value=str(self.path), limit="70 characters")
+            raise Refusal("start_error", text, field="directory", value=str(self.path), limit=f"{LONGEST_PATH} bytes")
+        if directory is not None:
+            self._made = None if self.path.parent.exists() else self.path.parent
+            _make_private(self.path.parent)
+            _remove_abandoned(self.path.parent)
         _make_private(self.path)
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -48,6 +54,9 @@ class Workplace:
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+        if self._made is not None:
+            with suppress(OSError):  # somebody may have put something there
+                self._made.rmdir()
 
 
 def _make_private(path: Path) -> None:
