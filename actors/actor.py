@@ -84,9 +84,6 @@ class Actor:
         """Seconds until `after` must run, message or not."""
         return HEARTBEAT_S
 
-    def woken(self, sources: list[Any]) -> None:
-        """Watched sources that are ready."""
-
     def met(self, before: dict[PeerKey, Peer]) -> None:
         """The peers changed; `before` is the old table."""
 
@@ -136,15 +133,13 @@ class Actor:
             if now >= beat:
                 self.tell(Heartbeat(self.kind, self.post.index, self.post.incarnation, self.progress, self.load()))
                 beat = now + HEARTBEAT_S
-            sources = self.mail.wait(min(beat - now, self.wake_in()))
+            self.mail.wait(min(beat - now, self.wake_in()))
             for _ in range(BATCH):
                 message = self.mail.receive()
                 if message is None:
                     break
                 self.progress += 1
                 self.handlers[type(message)](message)
-            if sources:
-                self.woken(sources)
             self.after()
 
     def _meet(self, message: Peers) -> None:

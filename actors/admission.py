@@ -14,8 +14,8 @@ from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.journal import Journal, OpenRequest
 from penstock.actors.messages import Encode, Encoded, Generate
-from penstock.actors.resolve import LONGEST_NAME, Model, check_standing, resolve, resolved_from_wire
-from penstock.engine.params import InvalidParameter, PromptOptions, SamplingParams
+from penstock.actors.resolve import Model, check_standing, resolve, resolved_from_wire
+from penstock.engine.params import LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
 
 AT_ONCE = 2  # jobs that a tokenizer has: one that dies takes few with it
 MOST_TRIES = 3  # tokenizers that may die on one request

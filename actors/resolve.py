@@ -14,11 +14,10 @@ import numpy as np
 
 from penstock.actors.columns import int32
 from penstock.actors.errors import Refusal
-from penstock.engine.params import HIGHEST_PRIORITY, InvalidParameter, SamplingParams
+from penstock.engine.params import HIGHEST_PRIORITY, LONGEST_NAME, InvalidParameter, SamplingParams
 from penstock.engine.request import BadWords, Sampler
 
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-LONGEST_NAME = 256
 MOST_WORDS, LONGEST_WORD = 4096, 1024  # of resolved bad words: variants, token ids
 COLDEST = 1e-5  # a temperature below this is greedy: logits divided by it would overflow
 

@@ -12,7 +12,7 @@ from typing import Any
 from penstock.actors.messages import TO_GATEWAY, Generate
 from penstock.actors.wire import Limits, WireError
 from penstock.clients.errors import InvalidRequest, MessageTooLarge, from_parameter
-from penstock.engine.params import HIGHEST_PRIORITY, InvalidParameter, PromptOptions, SamplingParams
+from penstock.engine.params import HIGHEST_PRIORITY, LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
 
 Prompt = str | Iterable[int]
 Message = Mapping[str, Any]
@@ -20,7 +20,6 @@ Message = Mapping[str, Any]
 _OPTIONS = frozenset(spec.name for spec in fields(PromptOptions))
 _SAMPLING = frozenset(spec.name for spec in fields(SamplingParams))
 _ORDER = frozenset(("request", "adapter", "priority", "tenant", "deadline", "queue_timeout"))
-_LONGEST_NAME = 256
 _ROLE = "a non-empty list of maps, each with a role (text) and content"
 
 
@@ -59,8 +58,8 @@ def build(
     except InvalidParameter as error:
         raise from_parameter(error) from None
     for name, value, least in (("request", request, 1), ("adapter", adapter, 1), ("tenant", tenant, 0)):
-        if (value is not None or name == "tenant") and not (isinstance(value, str) and least <= len(value) <= _LONGEST_NAME):
-            raise refuse(name, value, f"a text of {least} to {_LONGEST_NAME} characters")
+        if (value is not None or name == "tenant") and not (isinstance(value, str) and least <= len(value) <= LONGEST_NAME):
+            raise refuse(name, value, f"a text of {least} to {LONGEST_NAME} characters")
     deadline = None if deadline is None else check_positive("deadline", deadline)
     queue_timeout = None if queue_timeout is None else check_positive("queue_timeout", queue_timeout)
     if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > HIGHEST_PRIORITY:

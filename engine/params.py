@@ -13,6 +13,7 @@ from typing import Any, Self
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LIST = 4096
+LONGEST_NAME = 256  # characters of a request's id, of a tenant
 HIGHEST_PRIORITY = 10  # and the lowest is its negative: the scheduler looks at each level in each step
 
 
