@@ -105,7 +105,7 @@ class Actor:
             gc.collect()
             gc.freeze()
             self.tell(Ready(self.kind, self.post.index, self.post.incarnation, facts))
-            self.log.info("ready")
+            self.log.info("ready", facts=facts)
             self._loop()
             return True
         except Refusal as refusal:

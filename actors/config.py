@@ -20,6 +20,7 @@ class EngineConfig:
     weights: str = _setting("auto", "`auto` reads safetensors; `random` draws them from a config.json alone")
     dtype: str = _setting("auto", "auto, float32, bfloat16 or float16; auto: the model's own on a GPU, float32 on a CPU")
     device: str = _setting("auto", "auto, cpu or cuda")
+    decoder: str = _setting("auto", "`native`, our own lean code; `adopted`, transformers' code of the family; auto: native where it can")
     executor: str = _setting("model", "`model`, or `mock`: the same messages and no model")
     tokenizer: str | None = _setting(None, "where the tokenizer is, if not with the model; `none`: token ids only")
     max_model_len: int | None = _setting(None, "longest prompt and output together, tokens; none: the model's own")
@@ -52,6 +53,7 @@ class EngineConfig:
             "weights": ("auto", "random"),
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "device": ("auto", "cpu", "cuda"),
+            "decoder": ("auto", "native", "adopted"),
             "executor": ("model", "mock"),
             "block_size": (16, 32),
             "lookahead": (0, 1, 2),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from penstock.engine.attention.base import block_bytes
-from penstock.engine.model.adopt import Model
+from penstock.engine.model.base import Model
 from penstock.engine.model.spec import ModelError
 from penstock.engine.runner import Runner, RunnerConfig
 

@@ -28,7 +28,7 @@ def open_mock(*, model: str, max_running: int, block_size: int, token_budget: in
     return MockRunner(vocab_size, first=vocab_size // 4, span=vocab_size // 2), {
         "digest": "mock", "name": "mock", "vocab_size": vocab_size, "max_model_len": max_model_len, "eos": [], "defaults": {},
         "slots": max_running, "blocks": max_running * 4096 // block_size, "block_size": block_size,
-        "token_budget": token_budget or 8192, "dtype": "none", "device": "none",
+        "token_budget": token_budget or 8192, "dtype": "none", "device": "none", "decoder": "none", "attention": "none",
     }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def open_model(
     lookahead: int,
     threads: int | None,
     seed: int,
+    decoder: str,
 ) -> tuple[Runner, dict[str, Any]]:
     """Load a model, size its cache, warm it up. Raises `ModelError`.
 
@@ -56,8 +57,7 @@ def open_model(
     from transformers.utils import logging
 
     from penstock.engine.memory import Workload, count_blocks
-    from penstock.engine.model.adopt import AdoptedModel
-    from penstock.engine.model.load import load_model
+    from penstock.engine.model.build import build_model
     from penstock.engine.model.spec import ModelError, read_spec
     from penstock.engine.runner import Runner
 
@@ -71,12 +71,12 @@ def open_model(
         torch.set_num_threads(threads or os.cpu_count() or 1)
     dtype = "float32" if dtype == "auto" and on_cpu else dtype
     spec = read_spec(model_folder(model), dtype=dtype, max_model_len=max_model_len, weights=weights, seed=seed)
-    adopted = AdoptedModel(load_model(spec, torch.device(device)))
+    built = build_model(spec, torch.device(device), decoder)
     work = Workload(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size
     )
-    count = count_blocks(adopted, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks)
-    runner = Runner(adopted, work.config(count, in_flight=lookahead + 1))
+    count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks)
+    runner = Runner(built, work.config(count, in_flight=lookahead + 1))
     runner.warm_up()
     defaults = spec.defaults
     return runner, {
@@ -86,5 +86,5 @@ def open_model(
             "repetition_penalty": defaults.repetition_penalty,
         },
         "slots": max_running, "blocks": count, "block_size": block_size, "token_budget": work.token_budget, "dtype": spec.dtype,
-        "device": device,
+        "device": device, "decoder": type(built).__name__, "attention": type(runner.attention).__name__,
     }  # fmt: skip

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from penstock.engine.attention.base import AttentionBackend, Columns, Int32, KVPool, StepRows
 from penstock.engine.attention.gather import GatherAttention
-from penstock.engine.attention.sparse import SparseAttention
-from penstock.engine.attention.sparse import suits as sparse_suits
-from penstock.engine.model.adopt import Model
+from penstock.engine.attention.inplace import InPlaceAttention
+from penstock.engine.attention.inplace import suits as inplace_suits
+from penstock.engine.kernels.cpu import load_kernels
+from penstock.engine.model.base import Model
 from penstock.engine.plan import Fill, StepPlan, StepResult, TopLogprobs
 from penstock.engine.request import Sampler
 from penstock.engine.sampling import Logprobs, SlotSampler, top_logprobs
@@ -37,7 +38,7 @@ NO_IDS: Int32 = np.empty(0, np.int32)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig:
     """Sizes. `columns` is the width of the block table: blocks of the longest sequence. `in_flight` is the most steps that may be launched
-    before the results of the first are taken. `attention` is "auto", "gather", "sparse" or "triton"."""
+    before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton"."""
 
     slots: int
     blocks: int
@@ -234,15 +235,16 @@ class Runner:
 
 def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBackend:
     kind = config.attention
-    if kind == "auto":
-        fallback = "sparse" if sparse_suits(model.layers, model.dtype, model.device) else "gather"
-        kind = "triton" if model.device.type == "cuda" else fallback
-    if kind == "sparse":
-        return SparseAttention(pool, model.layers)
-    if kind == "gather":
-        return GatherAttention(pool, model.layers)
-    if kind == "triton":
+    if kind == "triton" or (kind == "auto" and model.device.type == "cuda"):
         from penstock.engine.attention.triton import TritonAttention  # Triton comes with CUDA builds of torch only
 
         return TritonAttention(pool, model.layers, config.slots, config.columns)
-    raise ValueError(f"attention={kind!r}: must be auto, gather, sparse or triton")
+    if kind == "inplace" or (kind == "auto" and inplace_suits(model.layers, pool.block_size, model.dtype, model.device)):
+        kernels = load_kernels()
+        if kernels is not None:
+            return InPlaceAttention(pool, model.layers, kernels)
+        if kind == "inplace":
+            raise ValueError("attention='inplace': needs a C compiler with OpenMP")
+    if kind not in ("auto", "gather"):
+        raise ValueError(f"attention={kind!r}: must be auto, gather, inplace or triton")
+    return GatherAttention(pool, model.layers)

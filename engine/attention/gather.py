@@ -75,16 +75,11 @@ class GatherAttention:
     def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
         """Indices and masks for every kind of layer."""
         columns: Columns = {}
-        size = self.block_size
         self.decodes = rows.decodes
-        for kv_heads in {kind.kv_heads for kind in self.kinds}:
-            heads = np.arange(kv_heads, dtype=np.int32)
-            lines = (places[:, None] // size * kv_heads + heads) * size + places[:, None] % size
-            columns[f"lines.{kv_heads}"] = lines.ravel()
+        self._prepare_decodes(rows, places, columns)
         if self._reads_blocks(rows):
             columns["begun"] = self._begun(rows, positions, places)
         for kind in self.kinds:
-            self.groups[kind] = self._group(rows, kind, columns)
             self.chunks[kind] = []
             for row in range(rows.decodes, len(rows.slots)):
                 self.chunks[kind] += self._chunk(rows, row, kind, columns)
@@ -96,15 +91,21 @@ class GatherAttention:
             self.pool.clear(columns["begun"])
 
     def attend(self, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        lines = self.columns[f"lines.{layer.shape.kv_heads}"]
-        for pool, new in ((layer.keys, k), (layer.values, v)):
-            pool.view(-1, pool.shape[-1]).index_copy_(0, lines, new.reshape(-1, pool.shape[-1]))
-        parts = self._attend_decodes(layer, q, sinks)
+        parts = self._attend_decodes(layer, q, k, v, sinks)
         for chunk in self.chunks[kind_of(layer.shape)]:
             parts.append(self._attend_chunk(layer, chunk, q, k, v, sinks))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # ── decodes ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prepare_decodes(self, rows: StepRows, places: Int32, columns: Columns) -> None:
+        size = self.block_size
+        for kv_heads in {kind.kv_heads for kind in self.kinds}:
+            heads = np.arange(kv_heads, dtype=np.int32)
+            lines = (places[:, None] // size * kv_heads + heads) * size + places[:, None] % size
+            columns[f"lines.{kv_heads}"] = lines.ravel()
+        for kind in self.kinds:
+            self.groups[kind] = self._group(rows, kind, columns)
 
     def _group(self, rows: StepRows, kind: Kind, columns: Columns) -> list[Group]:
         size, window = self.block_size, kind.window
@@ -130,8 +131,12 @@ class GatherAttention:
             low = high
         return groups
 
-    def _attend_decodes(self, layer: LayerAttention, q: Tensor, sinks: Tensor | None) -> list[Tensor]:
+    def _attend_decodes(self, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> list[Tensor]:
+        """Stores the keys and values of all tokens, then attends with the decodes."""
         shape, parts = layer.shape, []
+        lines = self.columns[f"lines.{shape.kv_heads}"]
+        for pool, new in ((layer.keys, k), (layer.values, v)):
+            pool.view(-1, pool.shape[-1]).index_copy_(0, lines, new.reshape(-1, pool.shape[-1]))
         for group in self.groups[kind_of(shape)]:
             rows = group.high - group.low
             queries = q[group.low : group.high].reshape(rows, shape.kv_heads, -1, shape.head_dim)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,32 +25,6 @@ KEY = "penstock"  # our attention under transformers' interface; no mask functio
 PROBE = "penstock_probe"  # the same for the probe, with a mask function that returns a `MaskFacts` in place of a mask
 PROBE_TOKENS = 8
 HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # tensors that a layer may pass and we need not know
-
-
-class Model(Protocol):
-    """What a runner needs of a model, however it is built."""
-
-    layers: tuple[LayerShape, ...]
-    vocab_size: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
-        """Give each attention layer its part of the pool, and all of them the backend that holds the step."""
-        ...
-
-    def detach(self) -> None:
-        """Let go of pool and backend."""
-        ...
-
-    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
-        """One step. `ids` and `positions` int64 `[tokens]`; `rows` int64 `[n]`: the tokens whose logits are asked for. Returns logits
-        `[n, vocab_size]` after all that the family does to them. `keep`: `more` will be called."""
-        ...
-
-    def more(self, rows: Tensor) -> Tensor:
-        """Logits of other tokens of the last step, which was run with `keep`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

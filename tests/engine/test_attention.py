@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from penstock.engine.attention.base import KVPool, LayerShape, block_bytes
 from penstock.engine.attention.gather import GatherAttention
-from penstock.engine.attention.sparse import SparseAttention, suits
+from penstock.engine.attention.inplace import InPlaceAttention, suits
+from penstock.engine.kernels.cpu import load_kernels
 
 from .attending import Step, make_step
 
@@ -24,12 +25,24 @@ KINDS = {
     "soft-cap": LayerShape(4, 2, 16, 16, 0.25, softcap=2.0),
     "sinks": LayerShape(4, 2, 16, 16, 0.25, sinks=True),
     "all": LayerShape(8, 2, 32, 32, 0.4, softcap=3.0, window=20, sinks=True),
+    "64 wide": LayerShape(4, 2, 64, 64, 0.125, sinks=True),
+    "128 wide": LayerShape(3, 1, 128, 128, 0.09, window=50),
+    "256 wide, shared by 16": LayerShape(32, 2, 256, 256, 0.06, softcap=30.0),
 }
-BACKENDS = {"gather": GatherAttention, "sparse": SparseAttention}
+BACKENDS = ("gather", "inplace")
+CPU = torch.device("cpu")
 
 
 def close(step: Step, backend: str) -> None:
-    out = step.run(BACKENDS[backend](step.pool, [step.shape]))
+    if backend == "inplace" and not suits([step.shape], step.pool.block_size, step.q.dtype, CPU):
+        backend = "gather"
+    if backend == "inplace":
+        kernels = load_kernels()
+        if kernels is None:
+            pytest.skip("there is no C compiler")
+        out = step.run(InPlaceAttention(step.pool, [step.shape], kernels))
+    else:
+        out = step.run(GatherAttention(step.pool, [step.shape]))
     assert not out.isnan().any()
     torch.testing.assert_close(out.double(), step.expected, atol=TOLERANCE[out.dtype], rtol=TOLERANCE[out.dtype])
 
@@ -85,12 +98,14 @@ def test_what_a_former_occupant_left_in_a_block_cannot_spoil_it(backend: str) ->
     close(step, backend)
 
 
-def test_reading_in_place_is_for_float32_on_a_cpu_with_few_heads_sharing() -> None:
-    few, many = LayerShape(8, 2, 16, 16, 1.0), LayerShape(32, 2, 16, 16, 1.0)
-    cpu = torch.device("cpu")
-    assert suits([few], torch.float32, cpu)
-    assert not suits([few], torch.bfloat16, cpu)
-    assert not suits([few, many], torch.float32, cpu)
+def test_reading_in_place_is_for_what_the_kernel_can_do() -> None:
+    plain = LayerShape(32, 2, 64, 64, 1.0, softcap=1.0, window=3, sinks=True)
+    assert suits([plain], 16, torch.float32, CPU)
+    assert not suits([plain], 16, torch.bfloat16, CPU)
+    assert not suits([plain], 64, torch.float32, CPU)
+    for heads, dim, value_dim in ((34, 64, 64), (2, 64, 32), (2, 20, 20), (2, 512, 512)):
+        other = LayerShape(heads, 2, dim, value_dim, 1.0)
+        assert not suits([plain, other], 16, torch.float32, CPU)
 
 
 def test_layers_of_different_shapes_share_a_pool() -> None:

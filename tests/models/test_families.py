@@ -1,4 +1,5 @@
-"""Greedy streams equal transformers' own `generate`, token for token, for every family and in every way that a step can be put together.
+"""Greedy streams equal transformers' own `generate`, token for token, for every family, by its own code adopted and by the native decoder,
+and in every way that a step can be put together.
 
 Models are tiny and random, spread out so that the likeliest token wins clearly; where the reference's own two best logits are within 1e-4
 of each other, either is right from there on, which is counted as a tie. The KV pool starts full of NaN.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +18,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from penstock.engine.model.adopt import AdoptedModel
+from penstock.engine.model.base import Model
+from penstock.engine.model.decoder import FAMILIES as NATIVE
+from penstock.engine.model.decoder import read_decoder
+from penstock.engine.model.native import NativeModel
 from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
 
@@ -40,6 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": COMMON | WINDOW | {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": COMMON | {"pad_token_id": 0},
     "olmo2": COMMON,
+    "gemma": COMMON | {"head_dim": 16},
     "gpt_neox": COMMON,
     "mixtral": COMMON | MOE | {"num_local_experts": 4},
     "qwen3_moe": COMMON | MOE | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 48},
@@ -51,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 class Family:
     """A model, its prompts, and what transformers makes of them. `leads[i][t]` is by how much token t's logit led the second best."""
 
-    model: AdoptedModel
+    model: Model
     prompts: list[list[int]]
     expected: list[list[int]]
     leads: list[list[float]]
@@ -66,15 +73,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Family:
-    config = AutoConfig.for_model(request.param, **FAMILIES[request.param])
+WAYS = [(name, way) for name in FAMILIES for way in ("adopted", "native") if way == "adopted" or name in NATIVE]
+
+
+@cache
+def reference(name: str) -> tuple[Model, Model | None, list[list[int]], list[list[int]], list[list[float]]]:
+    """Both models, prompts, and what transformers makes of them."""
+    config = AutoConfig.for_model(name, **FAMILIES[name])
     config.initializer_range = 0.3
     config.bos_token_id = config.eos_token_id = None
     config.pad_token_id = 0
     torch.manual_seed(0)
-    module = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-    rng = random.Random(request.param)
+    module = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval().requires_grad_(False)
+    for weight in module.parameters():
+        if weight.dim() == 1:  # biases are drawn as 0 and norms as 1: nothing would be seen of them
+            weight.add_(torch.randn_like(weight) * 0.1)
+    rng = random.Random(name)
     shared = [rng.randrange(1, 131) for _ in range(2 * BLOCK_SIZE)]
     prompts = [[rng.randrange(1, 131) for _ in range(rng.randrange(1, LONGEST))] for _ in range(PROMPTS - 3)]
     prompts += [[*shared, *(rng.randrange(1, 131) for _ in range(rng.randrange(1, 9)))] for _ in range(3)]
@@ -90,7 +104,18 @@ def family(request: pytest.FixtureRequest) -> Family:
         expected.append(out.sequences[0, len(prompt) :].tolist())
         leads.append((best[:, 0] - best[:, 1]).tolist())
     assert len({token for ids in expected for token in ids}) > 20, "a reference that repeats itself tests little"
-    return Family(AdoptedModel(module), prompts, expected, leads)
+    decoder = read_decoder(config, torch.device("cpu"))
+    native = None if decoder is None else NativeModel(decoder, dict(module.state_dict()))
+    return AdoptedModel(module), native, prompts, expected, leads
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=lambda way: "-".join(way))
+def family(request: pytest.FixtureRequest) -> Family:
+    name, way = request.param
+    adopted, native, *known = reference(name)
+    model = adopted if way == "adopted" else native
+    assert model is not None
+    return Family(model, *known)
 
 
 def serve(

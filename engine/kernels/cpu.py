@@ -1,0 +1,114 @@
+"""Kernels in C for a CPU: compiled once for the machine they run on, kept in a cache folder, and called through ctypes.
+
+They need a C compiler with OpenMP (GCC 12 or newer, or a clang that has it), as Triton does for a GPU. Without one, torch does the work,
+and one stream on a CPU runs at little more than half the speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+LANES, PANEL = 16, 64  # as in the source
+MOST_DIM, MOST_GROUP, MOST_BLOCK = 256, 16, 32
+
+
+class Layer(ctypes.Structure):
+    """One layer's attention: see the source. The tensors behind the addresses are kept by who made it."""
+
+    _fields_ = (
+        ("keys", c_void_p), ("values", c_void_p), ("heads", c_int64), ("kv_heads", c_int64), ("size", c_int64), ("dim", c_int64),
+        ("window", c_int64), ("scale", c_float), ("cap", c_float),
+    )  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    """One step's rows: see the source."""
+
+    _fields_ = (
+        ("places", c_void_p), ("table", c_void_p), ("last", c_void_p), ("tokens", c_int64), ("rows", c_int64), ("columns", c_int64),
+        ("threads", c_int64),
+    )  # fmt: skip
+
+
+class Kernels:
+    """The compiled functions. Addresses and sizes are trusted."""
+
+    __slots__ = ("_attend", "_multiply")
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._multiply, self._attend = library.penstock_multiply, library.penstock_attend
+        self._multiply.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
+        self._attend.argtypes = [
+            POINTER(Layer), POINTER(Step), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
+        ]  # fmt: skip
+        self._multiply.restype = self._attend.restype = None
+
+    def multiply(self, x: Tensor, panels: int, depth: int, bias: int | None, out_features: int) -> Tensor:
+        """x `[rows, in]` float32, rows without gaps inside, times a weight in panels at the address `panels`: `[rows, out_features]`."""
+        rows, features = x.shape
+        y = x.new_empty((rows, out_features))
+        self._multiply(x.data_ptr(), x.stride(0), panels, depth, bias, y.data_ptr(), rows, features, out_features, torch.get_num_threads())
+        return y
+
+    def attend(self, layer: Layer, step: Step, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        """Store k and v `[tokens, kv_heads, dim]`, then attend with q `[tokens, heads, dim]` of the step's decode rows; the heads of a
+        token lie side by side. Returns `[rows, heads, dim]`."""
+        out = q.new_empty((step.rows, *q.shape[1:]))
+        self._attend(
+            layer, step, q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
+            None if sinks is None else sinks.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+@cache
+def load_kernels() -> Kernels | None:
+    """The kernels, compiled now if they never were on this machine; None if that is not possible."""
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, os.path.realpath(compiler), _processor())).encode()).hexdigest()[:16]
+    try:
+        library = _cache_folder() / f"cpu-{key}.so"
+        if not library.is_file():
+            _compile(compiler, library)
+        return Kernels(ctypes.CDLL(str(library)))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """To a name of its own first: another process may do the same at the same time."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], check=True, capture_output=True)
+        made.rename(library)
+
+
+def _cache_folder() -> Path:
+    """Only its owner may write there: what lies in it is run."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state = folder.stat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise PermissionError(f"{folder}: others may write to it")
+    return folder
+
+
+def _processor() -> str:
+    """What the compiler optimises for: a home folder may be shared by machines that differ."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,36 @@
+"""The seam between a runner and a model, however it is built."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from penstock.engine.attention.base import AttentionBackend, KVPool, LayerShape
+
+
+class Model(Protocol):
+    """What a runner needs of a model."""
+
+    layers: tuple[LayerShape, ...]
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
+        """Give each attention layer its part of the pool, and all of them the backend that holds the step."""
+        ...
+
+    def detach(self) -> None:
+        """Let go of pool and backend."""
+        ...
+
+    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
+        """One step. `ids` and `positions` int64 `[tokens]`; `rows` int64 `[n]`: the tokens whose logits are asked for. Returns logits
+        `[n, vocab_size]` after all that the family does to them. `keep`: `more` will be called."""
+        ...
+
+    def more(self, rows: Tensor) -> Tensor:
+        """Logits of other tokens of the last step, which was run with `keep`."""
+        ...

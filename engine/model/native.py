@@ -1,0 +1,139 @@
+"""One lean decoder for the families that most people run: Llama, and those that differ from it in a few places.
+
+What differs is read from the config (`engine.model.decoder`) and from which weights there are: norms before a sublayer, after it or both,
+norms of queries and keys, biases, a tied head. Products that share an input are one product, and no module machinery stands between them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape
+from penstock.engine.model.decoder import Decoder
+from penstock.engine.model.linear import Linear
+from penstock.engine.model.norm import Norm, head_norm
+from penstock.engine.model.rotary import Rotary, rotate
+from penstock.engine.model.spec import ModelError
+
+Weights = dict[str, Tensor]  # by the names of transformers' `ForCausalLM`; what is used is taken out
+Turns = dict[Rotary, tuple[Tensor, Tensor]]
+
+
+class Layer:
+    """One decoder layer: attention and feed-forward, each added to what came in."""
+
+    def __init__(self, weights: Weights, name: str, shape: LayerShape, rotary: Rotary, decoder: Decoder) -> None:
+        self.shape, self.rotary, self.activation = shape, rotary, decoder.activation
+        self.rotated = shape.heads + shape.kv_heads
+        self.paged: LayerAttention | None = None
+
+        def norm(part: str) -> Norm | None:
+            return _norm(weights, f"{name}.{part}", decoder) if f"{name}.{part}.weight" in weights else None
+
+        self.before_attention, second = norm("input_layernorm"), norm("post_attention_layernorm")
+        self.before_mlp, self.after_mlp = norm("pre_feedforward_layernorm"), norm("post_feedforward_layernorm")
+        plain = self.before_mlp is None and self.after_mlp is None  # then the second norm stands before the feed-forward
+        self.before_mlp, self.after_attention = (second, None) if plain else (self.before_mlp, second)
+        queries, keys = norm("self_attn.q_norm"), norm("self_attn.k_norm")
+        self.norm_heads = head_norm(queries, keys, shape.heads, shape.kv_heads, shape.head_dim)
+        self.qkv = _fused(weights, f"{name}.self_attn", ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
+        self.out = _fused(weights, f"{name}.self_attn", ("o_proj",))
+        self.gate_up = _fused(weights, f"{name}.mlp", ("gate_up_proj",), ("gate_proj", "up_proj"))
+        self.down = _fused(weights, f"{name}.mlp", ("down_proj",))
+        self.width = self.gate_up.out_features // 2
+
+    def __call__(self, h: Tensor, turns: Turns, rows: Tensor | None) -> Tensor:
+        """h `[tokens, hidden]` to the same. With `rows`, only those tokens go on after their keys and values are written."""
+        x = h if self.before_attention is None else self.before_attention(h)
+        x = self._attend(x, turns)
+        if rows is not None:
+            h, x = h.index_select(0, rows), x.index_select(0, rows)
+        x = self.out(x)
+        h = h + (x if self.after_attention is None else self.after_attention(x))
+        x = self.gate_up(h if self.before_mlp is None else self.before_mlp(h))
+        x = self.down(self.activation(x[:, : self.width]) * x[:, self.width :])
+        return h + (x if self.after_mlp is None else self.after_mlp(x))
+
+    def _attend(self, x: Tensor, turns: Turns) -> Tensor:
+        paged = self.paged
+        if paged is None:
+            raise RuntimeError("the model is not attached to a KV pool")
+        heads = self.qkv(x).view(len(x), -1, self.shape.head_dim)
+        turning = heads[:, : self.rotated]
+        if self.norm_heads is not None:
+            turning = self.norm_heads(turning)
+        turned = rotate(turning, *turns[self.rotary])
+        q, k, v = turned[:, : self.shape.heads], turned[:, self.shape.heads :], heads[:, self.rotated :]
+        return paged.backend.attend(paged, q, k, v, None).flatten(1)
+
+
+class NativeModel:
+    """A decoder with its weights: an `engine.model.base.Model`. Empties `weights`.
+
+    Raises `ModelError` (unsupported_model) if a weight is missing, or one is left over that would change what the model says.
+    """
+
+    def __init__(self, decoder: Decoder, weights: Weights) -> None:
+        self.layers, self.vocab_size, self.decoder = decoder.layers, decoder.vocab_size, decoder
+        try:
+            self.embedding = weights.pop("model.embed_tokens.weight")
+            self.dtype, self.device = self.embedding.dtype, self.embedding.device
+            self.head = Linear(weights.pop("lm_head.weight", self.embedding), weights.pop("lm_head.bias", None))
+            self.blocks = [
+                Layer(weights, f"model.layers.{i}", shape, rotary, decoder)
+                for i, (shape, rotary) in enumerate(zip(decoder.layers, decoder.rotaries, strict=True))
+            ]
+            self.norm = _norm(weights, "model.norm", decoder)
+        except KeyError as error:
+            raise ModelError("unsupported_model", f"the native decoder needs the weight {error}; use decoder=adopted") from error
+        if weights:
+            names = ", ".join(sorted(weights)[:5])
+            raise ModelError("unsupported_model", f"the native decoder does not know the weights {names}; use decoder=adopted")
+        # As transformers does it, the scale is rounded to the model's dtype before it multiplies.
+        scale = decoder.embedding_scale
+        self.scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=self.device)
+        self.kept: Tensor | None = None
+
+    def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
+        for block, shape, (keys, values) in zip(self.blocks, self.layers, pool.layers, strict=True):
+            block.paged = LayerAttention(shape, keys, values, backend)
+
+    def detach(self) -> None:
+        for block in self.blocks:
+            block.paged = None
+
+    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
+        h = self.embedding.index_select(0, ids)
+        if self.scale is not None:
+            h = h * self.scale
+        turns = {rotary: rotary.at(positions, self.dtype) for rotary in set(self.decoder.rotaries)}
+        last = self.blocks[-1]
+        for block in self.blocks:
+            h = block(h, turns, rows if block is last and not keep else None)
+        self.kept = h if keep else None
+        return self._logits(h.index_select(0, rows) if keep else h)
+
+    def more(self, rows: Tensor) -> Tensor:
+        if self.kept is None:
+            raise RuntimeError("the last step was not kept")
+        return self._logits(self.kept.index_select(0, rows))
+
+    def _logits(self, h: Tensor) -> Tensor:
+        logits = self.head(self.norm(h))
+        cap = self.decoder.final_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _norm(weights: Weights, name: str, decoder: Decoder) -> Norm:
+    weight = weights.pop(f"{name}.weight")
+    return Norm(weight.float() + 1.0 if decoder.unit_norms else weight, decoder.epsilon)
+
+
+def _fused(weights: Weights, name: str, *choices: tuple[str, ...]) -> Linear:
+    """One linear layer from the first choice of names that is there, stacked."""
+    names = next((names for names in choices if f"{name}.{names[0]}.weight" in weights), choices[-1])
+    parts = [weights.pop(f"{name}.{part}.weight") for part in names]
+    has_bias = any(f"{name}.{part}.bias" in weights for part in names)
+    biases = [weights.pop(f"{name}.{part}.bias") for part in names] if has_bias else []
+    return Linear(torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(biases) if biases else None)
