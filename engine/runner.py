@@ -121,7 +121,8 @@ class Runner:
     def warm_up(self) -> None:
         """Run a prefill and decodes, short and long, on slots and blocks that hold nothing yet, so that the first request finds compiled
         kernels and allocated buffers. Raises `RuntimeError` if a step fails."""
-        rows = min(self.config.slots, self.config.blocks)
+        # A CPU compiles nothing for a shape, and a full batch would take it seconds, each time that an executor starts.
+        rows = min(self.config.slots, self.config.blocks, 2 if self.device.type == "cpu" else self.config.slots)
         self._rehearse(rows, self.config.block_size, Sampler())
         self._rehearse(rows, 1, Sampler(temperature=1.0))
         self._rehearse(1, 1, Sampler(), start=min(self.config.columns, self.config.blocks) * self.config.block_size - 1)

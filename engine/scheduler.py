@@ -77,6 +77,10 @@ class Scheduler:
     def open_handles(self) -> list[int]:
         return list(self._streams)
 
+    def flying_handles(self) -> list[int]:
+        """Streams with a row in a plan whose results are not back."""
+        return list({stream.handle: None for launched in self._launched for stream in launched.streams if not stream.gone})
+
     def fits(self, prompt_tokens: int) -> bool:
         """Whether a prompt of this length, and one token after it, can ever run."""
         return prompt_tokens < self.config.max_model_len and prompt_tokens <= self.config.blocks * self.config.block_size

@@ -89,10 +89,11 @@ class AttentionBackend(Protocol):
 class LayerAttention:
     """What hangs on one attention module: its shape, its part of the pool, and the backend that holds the step."""
 
-    __slots__ = ("backend", "keys", "shape", "values")
+    __slots__ = ("backend", "described", "keys", "shape", "values")
 
     def __init__(self, shape: LayerShape, keys: Tensor, values: Tensor, backend: AttentionBackend) -> None:
         self.shape, self.keys, self.values, self.backend = shape, keys, values, backend
+        self.described: Any = None  # whatever the backend wants to keep of it
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         """q `[1, heads, tokens, head_dim]`, k and v `[1, kv_heads, tokens, …]`, as transformers hands them over, to `[1, tokens, heads,

@@ -29,6 +29,7 @@ def suits(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype, dev
             and layer.head_dim % LANES == 0
             and layer.head_dim <= MOST_DIM
             and layer.heads <= MOST_GROUP * layer.kv_heads
+            and layer.heads % layer.kv_heads == 0
             for layer in layers
         )
     )
@@ -40,14 +41,15 @@ class InPlaceAttention(GatherAttention):
     sorts_decodes = False
 
     def __init__(self, pool: KVPool, layers: Sequence[LayerShape], kernels: Kernels) -> None:
+        if not suits(layers, pool.block_size, pool.stacks[0].dtype, pool.stacks[0].device):
+            raise ValueError("attention='inplace': the kernel cannot do these layers")
         super().__init__(pool, layers)
         self.kernels = kernels
-        self.described: dict[LayerAttention, Layer] = {}
         self.step = Step()
         self.held: tuple[object, ...] = ()  # what the step's addresses point to
 
     def _reads_blocks(self, rows: StepRows) -> bool:
-        """Only prefill chunks do, and decodes never leave them a block that is not full."""
+        """Only prefill chunks do, and none reads a block that a decode left half full."""
         return len(rows.slots) > rows.decodes
 
     def _prepare_decodes(self, rows: StepRows, places: Int32, columns: Columns) -> None:
@@ -61,14 +63,15 @@ class InPlaceAttention(GatherAttention):
         )  # fmt: skip
 
     def _attend_decodes(self, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> list[Tensor]:
+        sinks = None if sinks is None else sinks.to(q.dtype).contiguous()
         seen = self.kernels.attend(self._describe(layer), self.step, _side_by_side(q), _side_by_side(k), _side_by_side(v), sinks)
         return [seen] if len(seen) else []
 
     def _describe(self, layer: LayerAttention) -> Layer:
-        found = self.described.get(layer)
+        found: Layer | None = layer.described
         if found is None:
             shape = layer.shape
-            found = self.described[layer] = Layer(
+            found = layer.described = Layer(
                 layer.keys.data_ptr(), layer.values.data_ptr(), shape.heads, shape.kv_heads, self.block_size, shape.head_dim,
                 shape.window or 0, shape.scaling, shape.softcap or 0.0,
             )  # fmt: skip

@@ -1,11 +1,11 @@
 // Decoding on a CPU, in float32: products of few rows with a packed weight, and attention over paged keys and values where they lie.
-// `cpu.py` compiles this file for the machine it runs on. The loops run on the same team of OpenMP threads as torch's own.
+// `cpu.py` compiles this file for the machine it runs on. Its loops run on torch's own team of OpenMP threads, where both use one libgomp.
 
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 
 enum { LANES = 16, PANEL = 64, WIDE = PANEL / LANES, MOST_ROWS = 4, MOST_DIM = 256, MOST_GROUP = 16, MOST_BLOCK = 32 };
-static const float NEVER = -1e29f;  // below every score, above what stands where there is none
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));  // the same, wherever it lies
 typedef int32_t whole __attribute__((vector_size(4 * LANES)));
@@ -67,13 +67,13 @@ static inline lanes choose(whole where, lanes yes, lanes no)  // lane by lane, a
     return (lanes)((where & (whole)yes) | (~where & (whole)no));
 }
 
-// e^x for x <= 0, to 2 units in the last place: 2^n by the exponent's bits, 2^f, |f| <= 1/2, by its Taylor series.
+// e^x for x <= 0: 2^n by the exponent's bits, e^f, |f| <= ln(2) / 2, by its Taylor series; ln(2) in two parts, so that f is exact (Cody
+// and Waite). Below -87 it stays at 2^-126.
 static inline lanes exponential(lanes x)
 {
-    lanes t = x * 1.44269504f;
-    t = choose(t < -126.0f, (lanes){0} - 126.0f, t);
-    whole n = __builtin_convertvector(t - 0.5f, whole);
-    lanes f = (t - __builtin_convertvector(n, lanes)) * 0.693147181f;
+    x = choose(x < -87.0f, (lanes){0} - 87.0f, x);
+    whole n = __builtin_convertvector(x * 1.44269504f - 0.5f, whole);
+    lanes steps = __builtin_convertvector(n, lanes), f = (x - steps * 0.693145752f) - steps * 1.42860677e-6f;
     lanes sum = 1.0f + f * (1.0f + f * (0.5f + f * (1.6666667e-1f + f * (4.1666668e-2f + f * (8.3333338e-3f + f * 1.3888889e-3f)))));
     return sum * (lanes)((n + 127) << 23);
 }
@@ -106,19 +106,22 @@ typedef struct {
     lanes sums[MOST_DIM / LANES];
 } state;
 
-// Takes the scores of a block into the running maximum and weight, and turns them into weights.
+// Takes the scores [low, high) of a block into the running maximum and weight, and turns them into weights.
 static inline void weigh(const layer *s, state *one, lanes *scores, int low, int high)
 {
     const int count = (int)(s->size / LANES);
     float best = one->most;
     if (s->cap > 0.0f)
         for (int w = 0; w < count; w++)
-            scores[w] = choose(scores[w] > NEVER, soft_cap(scores[w], s->cap), scores[w]);
+            scores[w] = soft_cap(scores[w], s->cap);
     for (int t = low; t < high; t++)
         best = ((const float *)scores)[t] > best ? ((const float *)scores)[t] : best;
     lanes sum = {0};
-    for (int w = 0; w < count; w++)
-        sum += scores[w] = exponential(scores[w] - best);
+    for (int w = 0; w < count; w++) {
+        const whole place = (whole){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + w * LANES;
+        scores[w] = choose((place >= low) & (place < high), exponential(scores[w] - best), (lanes){0});
+        sum += scores[w];
+    }
     if (best > one->most) {
         const float shrink = exponential((lanes){0} + (one->most - best))[0];
         one->weight *= shrink;
@@ -140,7 +143,7 @@ static inline __attribute__((always_inline)) void one_group(
     lanes scores[MOST_GROUP][MOST_BLOCK / LANES];
     state states[MOST_GROUP];
     for (int h = 0; h < group; h++) {
-        states[h].most = sinks ? sinks[kv_head * group + h] : 2 * NEVER;
+        states[h].most = sinks ? sinks[kv_head * group + h] : -FLT_MAX;
         states[h].weight = sinks ? 1.0f : 0.0f;
         for (int w = 0; w < wide; w++)
             states[h].sums[w] = (lanes){0};
@@ -151,7 +154,7 @@ static inline __attribute__((always_inline)) void one_group(
         const int low = first > base ? (int)(first - base) : 0, high = last - base < s->size ? (int)(last - base) + 1 : (int)s->size;
         for (int h = 0; h < group; h++)
             for (int w = 0; w < s->size / LANES; w++)
-                scores[h][w] = (lanes){0} + 2 * NEVER;
+                scores[h][w] = (lanes){0};
         for (int t = low; t < high; t++) {
             const loose *key = (const loose *)(s->keys + (at + t) * dim);
             for (int w = 0; w < wide; w++) {

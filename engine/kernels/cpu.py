@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
+from contextlib import suppress
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+COMPILE_S = 120  # longest wait for the compiler: it takes a second
 LANES, PANEL = 16, 64  # as in the source
 MOST_DIM, MOST_GROUP, MOST_BLOCK = 256, 16, 32
 
@@ -76,25 +79,35 @@ class Kernels:
 
 @cache
 def load_kernels() -> Kernels | None:
-    """The kernels, compiled now if they never were on this machine; None if that is not possible."""
+    """The kernels, compiled now if they never were on this machine; None, with a warning that says why, if that is not possible."""
+    try:
+        return open_kernels()
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or b""
+        warnings.warn(f"no CPU kernels, so decoding is slower: {error} {detail.decode(errors='replace')[:2000]}", stacklevel=2)
+        return None
+
+
+def open_kernels() -> Kernels:
+    """Raises whatever keeps them from being compiled or loaded."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
-        return None
+        raise FileNotFoundError("there is no C compiler (cc, gcc or clang)")
     key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, os.path.realpath(compiler), _processor())).encode()).hexdigest()[:16]
-    try:
-        library = _cache_folder() / f"cpu-{key}.so"
-        if not library.is_file():
-            _compile(compiler, library)
-        return Kernels(ctypes.CDLL(str(library)))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    library = _cache_folder() / f"cpu-{key}.so"
+    if library.is_file():
+        with suppress(OSError, AttributeError):  # a machine that lost power may have left a damaged one
+            return Kernels(ctypes.CDLL(str(library)))
+    _compile(compiler, library)
+    return Kernels(ctypes.CDLL(str(library)))
 
 
 def _compile(compiler: str, library: Path) -> None:
     """To a name of its own first: another process may do the same at the same time."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], check=True, capture_output=True)
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMPILE_S)
         made.rename(library)
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"})
+# A config keeps whatever keys a file has, and each family reads only its own: so each is asked for only what it reads.
+SLIDING = frozenset({"mistral", "phi3"})  # every layer has the window
+SLIDING_BY_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})  # those layers that `layer_types` says
+CAPPED = frozenset({"gemma2", "gemma3_text"})  # soft-caps, a scale of queries, and `hidden_activation`
 SCALED = frozenset({"gemma", "gemma2", "gemma3_text"})  # embeddings times the root of their width; norms keep their weights less one
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -42,35 +46,38 @@ class Decoder:
 
 def read_decoder(config: PreTrainedConfig, device: torch.device) -> Decoder | None:
     """The decoder that a config of transformers describes; None if it is none of `FAMILIES`, or says what is not known here."""
-    activation = ACTIVATIONS.get(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or "")
-    if config.model_type not in FAMILIES or activation is None or getattr(config, "use_bidirectional_attention", False):
+    family, count = config.model_type, config.num_hidden_layers
+    capped = family in CAPPED
+    activation = ACTIVATIONS.get(getattr(config, "hidden_activation" if capped else "hidden_act", None) or "")
+    if family not in FAMILIES or activation is None or getattr(config, "use_bidirectional_attention", False):
         return None
-    count = config.num_hidden_layers
-    types: list[str | None] = list(getattr(config, "layer_types", None) or [None] * count)
-    if not set(types) <= {None, "full_attention", "sliding_attention"}:
+    types: list[str | None] = list(config.layer_types) if family in SLIDING_BY_TYPE else [None] * count
+    windows = [getattr(config, "sliding_window", None) if family in SLIDING or kind == "sliding_attention" else None for kind in types]
+    if not set(types) <= {None, "full_attention", "sliding_attention"} or any(window is not None and window < 1 for window in windows):
+        return None
+    if any(kind == "sliding_attention" and window is None for kind, window in zip(types, windows, strict=True)):
         return None
     rotary = {kind: read_rotary(config, kind, device) for kind in set(types)}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = getattr(config, "sliding_window", None)
     layers = tuple(
         LayerShape(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=head_dim,
             value_dim=head_dim,
-            scaling=(getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
-            softcap=getattr(config, "attn_logit_softcapping", None),
-            window=None if kind == "full_attention" else window,
+            scaling=(config.query_pre_attn_scalar if capped else head_dim) ** -0.5,
+            softcap=config.attn_logit_softcapping if capped else None,
+            window=window,
         )
-        for kind in types
+        for window in windows
     )
     rotaries = tuple(found for kind in types if (found := rotary[kind]) is not None)
     if len(rotaries) != count:
         return None
-    scaled = config.model_type in SCALED
+    scaled = family in SCALED
     return Decoder(
         layers, rotaries, config.vocab_size, config.rms_norm_eps, activation,
         embedding_scale=config.hidden_size**0.5 if scaled else None,
-        final_softcap=getattr(config, "final_logit_softcapping", None),
+        final_softcap=config.final_logit_softcapping if capped else None,
         unit_norms=scaled,
     )  # fmt: skip

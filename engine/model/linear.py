@@ -44,26 +44,29 @@ class Packed:
     outputs, and the kernels could be compiled, our own product reads the same bytes faster.
     """
 
-    __slots__ = ("bias", "features", "kernels", "multiply", "panels", "weight")
+    __slots__ = ("bias", "in_features", "kernels", "multiply", "out_features", "panels", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR)
-        self.bias = bias
+        self.bias = None if bias is None else bias.to(weight.dtype).clone()
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
-        self.features = weight.shape[0]
+        self.out_features, self.in_features = weight.shape
         self.panels = find_panels(weight, self.weight)
         self.kernels = None if self.panels is None else load_kernels()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.kernels is not None and self.panels is not None and x.shape[-2] <= FEW and x.dim() == 2 and x.stride(1) == 1:
-            bias = None if self.bias is None else self.bias.data_ptr()
-            return self.kernels.multiply(x, *self.panels, bias, self.features)
+        if self.kernels is not None and self.panels is not None and x.dim() > 1 and x.shape[-2] <= FEW and x.dtype is torch.float32:
+            rows = x if x.dim() == 2 else x[0] if x.dim() == 3 and len(x) == 1 else None  # the families' own code has a batch of one
+            if rows is not None and rows.shape[1] == self.in_features and rows.stride(1) == 1:
+                bias = None if self.bias is None else self.bias.data_ptr()
+                y = self.kernels.multiply(rows, *self.panels, bias, self.out_features)
+                return y if rows is x else y[None]
         return self.multiply(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def find_panels(weight: Tensor, packed: Tensor) -> tuple[int, int] | None:
-    """The address of a packed weight and the depth of its panels, if it is `[ceil(out / PANEL), depth, PANEL]`, zero where padded. The
-    layout is oneDNN's own affair, so it is looked at, not assumed: both ends of it are compared with the weight."""
+    """The address of a packed weight and the depth of its panels, if it is `[ceil(out / PANEL), depth, PANEL]`. The layout is
+    oneDNN's own affair, so it is looked at, not assumed: its first and last panels are compared with the weight."""
     if weight.dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "data_ptr"):
         return None
     out_features, in_features = weight.shape

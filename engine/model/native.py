@@ -77,9 +77,11 @@ class NativeModel:
     def __init__(self, decoder: Decoder, weights: Weights) -> None:
         self.layers, self.vocab_size, self.decoder = decoder.layers, decoder.vocab_size, decoder
         try:
-            self.embedding = weights.pop("model.embed_tokens.weight")
-            self.dtype, self.device = self.embedding.dtype, self.embedding.device
-            self.head = Linear(weights.pop("lm_head.weight", self.embedding), weights.pop("lm_head.bias", None))
+            embedding = weights.pop("model.embed_tokens.weight")
+            self.dtype, self.device = embedding.dtype, embedding.device
+            self.head = Linear(weights.pop("lm_head.weight", embedding), weights.pop("lm_head.bias", None))
+            self.embedding = _own(embedding)
+            del embedding
             self.blocks = [
                 Layer(weights, f"model.layers.{i}", shape, rotary, decoder)
                 for i, (shape, rotary) in enumerate(zip(decoder.layers, decoder.rotaries, strict=True))
@@ -125,8 +127,13 @@ class NativeModel:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def _own(weight: Tensor) -> Tensor:
+    """On a CPU a weight may be a view of its whole file: what is kept of it must not keep all the others, which are packed elsewhere."""
+    return weight.clone() if weight.device.type == "cpu" else weight
+
+
 def _norm(weights: Weights, name: str, decoder: Decoder) -> Norm:
-    weight = weights.pop(f"{name}.weight")
+    weight = _own(weights.pop(f"{name}.weight"))
     return Norm(weight.float() + 1.0 if decoder.unit_norms else weight, decoder.epsilon)
 
 

@@ -235,7 +235,8 @@ def _length(folder: Path, config: Mapping[str, Any], asked: int | None) -> int:
     why = ""
     for kind in kinds:
         name = kind.get("rope_type", kind.get("type"))
-        if name in ("longrope", "su", "dynamic"):
+        phi3_yarn = name == "yarn" and config.get("model_type") == "phi3"  # there it is another name for longrope
+        if name in ("longrope", "su", "dynamic") or phi3_yarn:
             original = kind.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or limit
             limit = min(limit, original) if isinstance(original, int) else limit
             why = f" (its {name} position embedding is exact per sequence only up to there)"

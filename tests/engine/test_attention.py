@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from penstock.engine.attention.base import KVPool, LayerShape, block_bytes
 from penstock.engine.attention.gather import GatherAttention
 from penstock.engine.attention.inplace import InPlaceAttention, suits
-from penstock.engine.kernels.cpu import load_kernels
+from penstock.engine.kernels.cpu import Kernels, open_kernels
 
 from .attending import Step, make_step
 
@@ -33,14 +36,18 @@ BACKENDS = ("gather", "inplace")
 CPU = torch.device("cpu")
 
 
+def compiled() -> Kernels:
+    """The kernels; where there is a compiler, they must compile."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("there is no C compiler")
+    return open_kernels()
+
+
 def close(step: Step, backend: str) -> None:
     if backend == "inplace" and not suits([step.shape], step.pool.block_size, step.q.dtype, CPU):
         backend = "gather"
     if backend == "inplace":
-        kernels = load_kernels()
-        if kernels is None:
-            pytest.skip("there is no C compiler")
-        out = step.run(InPlaceAttention(step.pool, [step.shape], kernels))
+        out = step.run(InPlaceAttention(step.pool, [step.shape], compiled()))
     else:
         out = step.run(GatherAttention(step.pool, [step.shape]))
     assert not out.isnan().any()
@@ -62,6 +69,22 @@ def test_decodes_alone_and_prefills_alone_are_exact(backend: str) -> None:
     close(make_step(KINDS["full"], [70], []), backend)
     close(make_step(KINDS["full"], [], [(0, 33)]), backend)
     close(make_step(KINDS["full"], [], [(32, 1)]), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [name for name, shape in KINDS.items() if shape.window is not None])
+def test_a_window_begins_where_it_should(backend: str, kind: str) -> None:
+    window = KINDS[kind].window or 0
+    edges = {window + block + step for block in (0, 16, 32) for step in (-2, -1, 0, 1)}
+    close(make_step(KINDS[kind], sorted(edge for edge in edges if edge >= 0), [(window, 20), (max(window - 3, 0), 5)]), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["full", "soft-cap"])
+@pytest.mark.parametrize("scale", [1e15, 1e-30])
+def test_scores_of_any_size_are_weighed(backend: str, kind: str, scale: float) -> None:
+    """One key wins outright, or all are alike; and a row with a single key gives its value whatever its score."""
+    close(make_step(replace(KINDS[kind], scaling=scale), [0, 3, 40], []), backend)
 
 
 @given(
@@ -103,9 +126,11 @@ def test_reading_in_place_is_for_what_the_kernel_can_do() -> None:
     assert suits([plain], 16, torch.float32, CPU)
     assert not suits([plain], 16, torch.bfloat16, CPU)
     assert not suits([plain], 64, torch.float32, CPU)
-    for heads, dim, value_dim in ((34, 64, 64), (2, 64, 32), (2, 20, 20), (2, 512, 512)):
+    for heads, dim, value_dim in ((34, 64, 64), (3, 64, 64), (2, 64, 32), (2, 20, 20), (2, 512, 512)):
         other = LayerShape(heads, 2, dim, value_dim, 1.0)
         assert not suits([plain, other], 16, torch.float32, CPU)
+        with pytest.raises(ValueError, match="cannot do"):
+            InPlaceAttention(KVPool([other], 2, 16, torch.float32, CPU), [other], compiled())
 
 
 def test_layers_of_different_shapes_share_a_pool() -> None:

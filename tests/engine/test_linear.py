@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.kernels.cpu import load_kernels
 from penstock.engine.model.linear import FEW, Linear, Packed, can_pack, find_panels
+
+from .test_attention import compiled
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -60,8 +61,7 @@ def test_the_layout_of_a_packed_weight_is_found_and_another_is_not_taken_for_it(
 
 
 def test_the_kernels_are_compiled_once_and_then_found(tmp_path: Path) -> None:
-    if load_kernels() is None:
-        pytest.skip("there is no C compiler")
+    compiled()
     program = "from penstock.engine.kernels.cpu import load_kernels; print(load_kernels() is not None)"
 
     def start() -> subprocess.Popen[str]:
@@ -74,8 +74,26 @@ def test_the_kernels_are_compiled_once_and_then_found(tmp_path: Path) -> None:
     made = library.stat().st_mtime_ns
     assert start().communicate()[0] == "True\n"
     assert library.stat().st_mtime_ns == made
+    library.write_bytes(b"")  # damaged: it is made again
+    assert start().communicate()[0] == "True\n"
+    assert library.stat().st_size
     (tmp_path / "penstock").chmod(0o777)
     assert start().communicate()[0] == "False\n", "a library that anyone may have put there was loaded"
+
+
+@pytest.mark.parametrize("rows", [1, FEW + 1])
+def test_what_does_not_fit_is_refused_in_either_way(rows: int) -> None:
+    layer = Linear(torch.randn(64, 32), torch.randn(64))
+    for wrong in (torch.randn(rows, 48), torch.randn(rows, 16), torch.randn(rows, 32).double(), torch.randn(rows, 32).bfloat16()):
+        with pytest.raises(RuntimeError):
+            layer(wrong)
+
+
+def test_the_families_own_code_has_a_batch_of_one() -> None:
+    weight, x = torch.randn(130, 96), torch.randn(1, 3, 96)
+    torch.testing.assert_close(Linear(weight, None)(x), x @ weight.t(), atol=1e-4, rtol=1e-4)
+    bias = torch.randn(260)[::2]
+    torch.testing.assert_close(Linear(weight, bias)(x[0, :1]), x[0, :1] @ weight.t() + bias, atol=1e-4, rtol=1e-4)
 
 
 def test_without_a_compiler_torch_does_the_work(tmp_path: Path) -> None:

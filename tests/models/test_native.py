@@ -43,6 +43,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "partial": ("phi3", COMMON | {"pad_token_id": 0, "partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4}}),
     "tied": ("llama", COMMON | {"tie_word_embeddings": True}),
     "biases": ("llama", COMMON | {"attention_bias": True, "mlp_bias": True}),
+    # Keys that a family does not read, left over from a conversion, must change nothing.
+    "llama with a window": ("llama", COMMON | WINDOW | {"layer_types": ["sliding_attention"] * 2}),
+    "llama with caps": ("llama", COMMON | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 4}),
+    "gemma with a window": ("gemma", COMMON | WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 4}),
+    "olmo2 with a window": ("olmo2", COMMON | WINDOW),
+    "phi3 with types": ("phi3", COMMON | WINDOW | {"pad_token_id": 0, "layer_types": ["full_attention"] * 2}),
+    "qwen2 with another activation": ("qwen2", COMMON | {"hidden_activation": "gelu", "query_pre_attn_scalar": 4}),
     "some layers slide": ("qwen2", COMMON | WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
 }
 ADOPTED = {"gpt2", "gpt_neox", "mixtral", "qwen3_moe", "gpt_oss"}
