@@ -14,7 +14,7 @@ from typing import Any
 
 from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
 from penstock.actors.admission import Admission
-from penstock.actors.columns import sampler_to_wire
+from penstock.actors.columns import int64, sampler_to_wire
 from penstock.actors.door import BATCH as DOOR_BATCH
 from penstock.actors.door import Door
 from penstock.actors.errors import Fault, Refusal
@@ -45,12 +45,12 @@ from penstock.actors.messages import (
 from penstock.actors.resolve import Model, Resolved
 from penstock.actors.sessions import Session, Sessions
 from penstock.actors.status import list_requests, status_report
+from penstock.actors.suspects import Suspects
 from penstock.actors.wire import WireError
 
 LOOK_EVERY_S = 0.1  # at leases and deadlines
 MOST_SESSIONS = 16_384
 JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
-MOST_FRUITLESS = 3  # attempts in a row of one stream that brought no token: the request itself is at fault
 
 
 class GatewayActor(Actor):
@@ -61,6 +61,7 @@ class GatewayActor(Actor):
         self.mail.watch(self.door.socket)
         self.sessions = Sessions()
         self.journal = Journal(self.post.incarnation)
+        self.suspects: Suspects[Entry] = Suspects()
         self.admission = Admission(self.config)
         self.model: Model | None = None
         self.scheduler = 0  # incarnation that said Begin
@@ -96,9 +97,26 @@ class GatewayActor(Actor):
 
     def _begin(self, message: Begin) -> None:
         self.scheduler = message.incarnation
+        flying = [entry for handle in int64(message.flying).tolist() if (entry := self.journal.entries.get(handle)) is not None]
+        if flying:
+            self._judge(flying)
         for entry in list(self.journal.entries.values()):
             self.hand_over(entry)
         self._open()
+
+    def _judge(self, flying: list[Entry]) -> None:
+        """An executor died with these streams in a step: the guilty one ends, and suspects may have to wait."""
+        guilty = self.suspects.crashed((entry, len(entry.ids)) for entry in flying)
+        self.log.warning("executor died in a step", streams=len(flying), on_trial=len(self.suspects.trial))
+        if guilty is not None:
+            self.log.error("quarantined", request=guilty.request.id, client=guilty.request.session.client)
+            text = "the executor died whenever this request was in its step, also when it was the only one there"
+            self._fail(guilty.request, Fault(code="engine_fault", message=text, actor="executor", retryable=False))
+
+    def _acquit(self) -> None:
+        """Streams on trial that had a token since are cleared; when all are, the next of those held back are tried."""
+        for entry in self.suspects.cleared(lambda entry: len(entry.ids)):
+            self.hand_over(entry)
 
     def _open(self) -> None:
         if self.opened or self.model is None or not self.scheduler:
@@ -290,14 +308,9 @@ class GatewayActor(Actor):
         """Give a stream's value to the scheduler, as it stands in the journal. Rows of earlier attempts no longer count."""
         if entry.handle not in self.journal.entries:
             return  # it ended while others of the same message were handled
-        entry.attempt += 1
-        entry.fruitless = entry.fruitless + 1 if len(entry.ids) == entry.mark else 1
-        entry.mark = len(entry.ids)
-        if entry.fruitless > MOST_FRUITLESS:
-            # It may be at fault, or only have been there each time: so trying again is allowed.
-            text = f"{MOST_FRUITLESS} attempts in a row failed before a token came"
-            self._fail(entry.request, Fault(code="engine_fault", message=text, actor="executor", retryable=True))
+        if self.suspects.holds(entry):
             return
+        entry.attempt += 1
         resolved = entry.request.resolved
         if resolved is None or self.model is None:
             raise RuntimeError("handed over before it was resolved")
@@ -342,6 +355,8 @@ class GatewayActor(Actor):
                 self._end(entry, reason, facts)
         for entry in taken.gaps:
             self.hand_over(entry)
+        if self.suspects.trial:
+            self._acquit()
         if message.number % JOURNALED_EVERY == 0:
             self.mail.send(SCHEDULER, Journaled(message.index, message.number))
         self._send_chunks()  # at once, or the news of several steps would become one chunk
@@ -350,7 +365,7 @@ class GatewayActor(Actor):
         if entry.handle not in self.journal.entries:
             return  # its request has failed already
         entry.ended = reason, facts
-        self.journal.close(entry)
+        self._close(entry)
         entry.request.session.mark(entry)
         if entry.request.ended:
             self.totals["finished"] += 1
@@ -371,10 +386,15 @@ class GatewayActor(Actor):
         for entry in request.entries:
             if entry.ended is None:
                 self._abort(entry)
-                self.journal.close(entry)
+                self._close(entry)
             request.session.dirty.pop(entry.handle, None)
         if request.session.requests.get(request.id) is request:
             del request.session.requests[request.id]
+
+    def _close(self, entry: Entry) -> None:
+        self.journal.close(entry)
+        for other in self.suspects.forget(entry):
+            self.hand_over(other)
 
     def _abort(self, entry: Entry) -> None:
         self.mail.send(SCHEDULER, Abort(array("q", [entry.handle]).tobytes()))

@@ -22,8 +22,6 @@ class Entry:
     child: int
     ids: array[int]  # released token ids, int32
     attempt: int = 0
-    fruitless: int = 0  # attempts in a row that released nothing
-    mark: int = 0  # len(ids) at the last hand-over
     base: int = 0  # ids that the client brought along; there are no pieces of them
     counts: list[int] = field(default_factory=list)  # tokens of each piece
     texts: list[str] = field(default_factory=list)  # text of each piece
@@ -107,7 +105,7 @@ class Journal:
         self.prompt_tokens = 0  # of all open entries
 
     def open(self, request: OpenRequest, child: int, received: array[int]) -> Entry:
-        entry = Entry(self._next, request, child, received, base=len(received), sent_ids=len(received), mark=len(received))
+        entry = Entry(self._next, request, child, received, base=len(received), sent_ids=len(received))
         self._next += 1
         self.entries[entry.handle] = entry
         self.prompt_tokens += request.resolved.prompt_tokens if request.resolved is not None else 0

@@ -258,9 +258,11 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The scheduler holds nothing, or lost a peer it depends on: hand everything over (again)."""
+    """The scheduler holds nothing, or lost a peer it depends on: hand everything over (again). If that was an executor, `flying` are the
+    handles (int64) of the streams that were in a launched step of it."""
 
     incarnation: int
+    flying: bytes
 
 
 @dataclass(frozen=True, slots=True)

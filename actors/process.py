@@ -1,6 +1,4 @@
-"""The process around an actor: started by the supervisor, gone with it.
-
-    python -m penstock.actors.process --fd-post N --fd-death N      (a pipe with the post as JSON; the death pipe)
+"""The process around an actor: forked for the supervisor, gone with it.
 
 Every child dies with its parent: it holds the read end of a pipe whose write end only the supervisor has, and ends when that end is
 closed, however the supervisor died. The executor also asks the kernel to kill it (PR_SET_PDEATHSIG): it may be deep in a driver call
@@ -9,7 +7,6 @@ that lets no thread of Python run.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib
 import json
@@ -18,8 +15,9 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import zmq
 
@@ -27,7 +25,7 @@ from penstock.actors.actor import Actor, Post
 from penstock.actors.config import EngineConfig
 from penstock.actors.log import open_log
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 ACTORS = {
     "gateway": "penstock.actors.gateway:GatewayActor",
     "tokenizer": "penstock.actors.tokenizer:TokenizerActor",
@@ -66,25 +64,20 @@ def die_with_parent(death: int, directory: str) -> None:
     threading.Thread(target=watch, name="death", daemon=True).start()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--fd-post", type=int, required=True)
-    parser.add_argument("--fd-death", type=int, required=True)
-    arguments = parser.parse_args()
-    with os.fdopen(arguments.fd_post) as pipe:
-        post = post_from_json(pipe.read())
-    # Ctrl-C reaches every process of the terminal: the supervisor drains first and then stops its actors.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(arguments.fd_death, post.directory)
+def be_actor(post: Post, death: int) -> NoReturn:
+    """Be the actor of a post in this process, whose parent is the supervisor by now, until it ends. `death` is the read end of a pipe."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_NAME, f"{post.kind}{post.index}".encode())  # for `top` and the like
+    die_with_parent(death, post.directory)
     if post.kind == "executor":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    well = build_actor(post, context).run()
-    context.term()
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    well = False
+    try:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        well = build_actor(post, context).run()
+        context.term()
+    except Exception:  # noqa: BLE001  nothing of the fork server's stack may go on in this process
+        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if well else 1)  # torch's own threads and exit handlers may take seconds, and nothing is left to be done
-
-
-if __name__ == "__main__":
-    main()

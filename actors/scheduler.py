@@ -34,6 +34,7 @@ class SchedulerActor(Actor):
         self.opens: list[tuple[Any, ...]] = []  # streams that the detokenizers must be told of
         self.commits: deque[Commit] = deque()
         self.crew: set[int] = set()  # incarnations of the peers that streams depend on, as of the last Begin
+        self.flying: list[int] = []  # streams that were in a step of an executor that died since
         self.step_seconds = 0.0
         self.spent = 0.0  # CPU seconds of plan and commit since the last commit
         self.host_seconds: deque[float] = deque(maxlen=HOST_SAMPLES)
@@ -45,6 +46,7 @@ class SchedulerActor(Actor):
         executor = self.peers.get(EXECUTOR)
         if executor is not None and executor.ready and executor.incarnation != self.executor:
             self.executor = executor.incarnation
+            self.flying += self.scheduler.flying_handles() if self.scheduler is not None else []
             self.scheduler = self._new_scheduler(executor.facts)
             self.opens.clear()
             self.commits.clear()
@@ -60,7 +62,8 @@ class SchedulerActor(Actor):
         for handle in self.scheduler.open_handles():
             if handle >> 32 != self.peers[GATEWAY].incarnation:
                 self.scheduler.abort(handle, now)
-        self.mail.send(GATEWAY, Begin(self.post.incarnation))
+        self.mail.send(GATEWAY, Begin(self.post.incarnation, np.array(self.flying, np.int64).tobytes()))
+        self.flying = []
 
     def _new_scheduler(self, facts: dict[str, Any]) -> Scheduler:
         return Scheduler(

@@ -2,13 +2,14 @@
 
     python -m penstock.actors.supervisor --fd-config N --fd-report N --fd-death N      (started by penstock.clients.launch)
 
-It has the same loop as every actor, and wakes up for three more things: a child that exits (its pidfd), a signal, and the death of the
-process that launched it (a pipe). It writes one JSON line, `{"ready": ADDRESS}` or `{"error": FAULT}`, for whoever launched it.
+It has the same loop as every actor, and wakes up for more: an actor that was forked or that exits (its pidfd), a signal, and the death
+of the process that launched it (a pipe). It writes one JSON line, `{"ready": ADDRESS}` or `{"error": FAULT}`, for whoever launched it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import secrets
@@ -24,15 +25,16 @@ import zmq
 from penstock.actors.actor import GATEWAY, HEARTBEAT_S, PeerKey, Post
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
+from penstock.actors.forkserver import ForkServer
 from penstock.actors.log import open_log
 from penstock.actors.mailbox import Mailbox
 from penstock.actors.messages import Died, Drain, Heartbeat, Peers, Ready, Stop, Up, Vitals
 from penstock.actors.worker import ProcessWorker, ThreadWorker, Worker
 from penstock.actors.workplace import Workplace
 
-BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)  # before the nth start of an actor in a row; beyond these the engine gives up
-HEALTHY_S = 30.0  # an actor that lived so long starts counting from the first again
+BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)  # before the nth start in a row of an actor that never was ready; beyond these the engine gives up
 STOP_S = 5.0
+PR_SET_CHILD_SUBREAPER = 36
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -51,6 +53,7 @@ class Supervisor:
         self.mail = Mailbox(self.context, self.address)
         self.door = config.address or f"ipc://{self.workplace.path}/door"
         self.workers: dict[PeerKey, Worker] = {}
+        self.forks: ForkServer | None = None  # none with threads
         self.incarnations = 0
         self.announced = False  # ready was reported
         self.stopping: str | None = None  # why
@@ -67,6 +70,9 @@ class Supervisor:
         try:
             if self._death is not None:
                 self.mail.watch(self._death)
+            if self.config.placement == "processes":
+                ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+                self._open_forks()
             self._crew()
             self._loop()
         finally:
@@ -93,8 +99,8 @@ class Supervisor:
     # ── starting ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _crew(self) -> None:
-        counts = {
-            "executor": 1, "tokenizer": self.config.tokenizers, "detokenizer": self.config.detokenizers, "scheduler": 1, "gateway": 1,
+        counts = {  # the executor last: what it needs takes long to import, and the others are forked before
+            "tokenizer": self.config.tokenizers, "detokenizer": self.config.detokenizers, "scheduler": 1, "gateway": 1, "executor": 1,
         }  # fmt: skip
         for kind, count in counts.items():
             for index in range(count):
@@ -109,11 +115,30 @@ class Supervisor:
             str(self.workplace.path), EngineConfig.from_wire(config),
         )  # fmt: skip
         before = self.workers.get(key)
-        worker: Worker = ThreadWorker(post, self.context) if self.config.placement == "threads" else ProcessWorker(post)
-        worker.starts = 1 if before is None or before.healthy(HEALTHY_S) else before.starts + 1
+        worker: Worker = ThreadWorker(post, self.context) if self.forks is None else ProcessWorker(post, self.forks)
+        worker.failed_starts = 0 if before is None else before.failed_starts
         self.workers[key] = worker
-        if worker.pidfd is not None:
-            self.mail.watch(worker.pidfd)
+
+    def _open_forks(self) -> None:
+        self.forks = ForkServer()
+        self.mail.watch(self.forks.control.fileno())
+
+    def _births(self, forks: ForkServer) -> None:
+        """Take in what the fork server made; if it died, there is another, and it is asked for what this one was asked."""
+        by_incarnation = {worker.post.incarnation: worker for worker in self.workers.values() if isinstance(worker, ProcessWorker)}
+        while (news := forks.born()) is not None:
+            worker = by_incarnation.get(news[0])
+            if worker is not None:
+                self.mail.watch(worker.born(news[1]))
+        if forks.gone() and self.stopping is None:
+            self.log.error("the fork server died")
+            self.mail.unwatch(forks.control.fileno())
+            forks.close()
+            self._open_forks()
+            for worker in by_incarnation.values():
+                if not worker.pid:
+                    worker.close()  # should it have been born after all, it ends with its pipe
+                    self._hire((worker.post.kind, worker.post.index))
 
     def _address(self, name: str) -> str:
         return f"{self.scheme}{self.workplace.path}/{name}.{secrets.token_hex(3)}"
@@ -144,7 +169,7 @@ class Supervisor:
                 self.log.info("engine ready", address=self.door)
                 self.report({"ready": self.door, "directory": str(self.workplace.path), "pid": os.getpid()})
             return
-        worker.ready, worker.facts, worker.begun = True, message.facts, time.monotonic()
+        worker.ready, worker.facts, worker.failed_starts = True, message.facts, 0
         self._announce()
         if self.drain_until is not None:
             self.mail.send(GATEWAY, Drain())  # one that was started anew does not know
@@ -152,7 +177,7 @@ class Supervisor:
     def _heartbeat(self, message: Heartbeat) -> None:
         worker = self._worker(message)
         if worker is not None:
-            worker.beat, worker.progress, worker.load = time.monotonic(), message.progress, message.load
+            worker.heard(message.progress, message.load, time.monotonic())
 
     def _died(self, message: Died) -> None:
         worker = self._worker(message)
@@ -186,7 +211,15 @@ class Supervisor:
                 vitals = now + HEARTBEAT_S
 
     def _reap(self, now: float) -> None:
+        if self.forks is not None:
+            self._births(self.forks)
         for key, worker in list(self.workers.items()):
+            still = worker.stalled(now, self.config.stall_timeout)
+            if still is not None and worker.fault is None:
+                text = f"the {key[0]} stalled: nothing moved for {still:.1f} s, in incarnation {worker.post.incarnation}"
+                worker.fault = Fault(code="engine_fault", message=text, actor=key[0])
+                self.log.error("stalled", kind=key[0], index=key[1], seconds=still, load=worker.load)
+                worker.kill()
             if worker.restart_at is not None:
                 if now >= worker.restart_at:
                     self._hire(key)
@@ -199,13 +232,16 @@ class Supervisor:
         worker.close()
         fault = worker.fault or Fault(code="engine_fault", message=f"the {key[0]} died: {worker.death()}", actor=key[0])
         self.log.error("actor died", kind=key[0], index=key[1], death=worker.death(), why=fault.message)
-        if not self.announced or worker.starts >= len(BACKOFF_S):
+        worker.failed_starts += not worker.ready
+        if not self.announced or worker.failed_starts >= len(BACKOFF_S):
             self.failure = fault
             self.stopping = f"the {key[0]} cannot run"
             return
         worker.up = worker.ready = False
-        worker.restart_at = now + BACKOFF_S[worker.starts]
+        worker.restart_at = now + BACKOFF_S[worker.failed_starts]
         self._announce()
+        if worker.restart_at <= now:
+            self._hire(key)
 
     def _end(self) -> None:
         self.log.info("stopping", why=self.stopping)
@@ -214,11 +250,16 @@ class Supervisor:
         for key in self.workers:
             self.mail.send(key, Stop())
         until = time.monotonic() + STOP_S
-        while time.monotonic() < until and not all(worker.gone() for worker in self.workers.values()):
+        while time.monotonic() < until and not all(worker.gone() or not worker.pid for worker in self.workers.values()):
             time.sleep(0.01)
         for worker in self.workers.values():
             worker.kill()
+        while not all(worker.gone() for worker in self.workers.values() if worker.pidfd is not None):
+            time.sleep(0.001)
+        for worker in self.workers.values():
             worker.close()
+        if self.forks is not None:
+            self.forks.close()
         self.mail.close()
         self.context.destroy(linger=0)
         self.workplace.close()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from contextlib import suppress
 from typing import Any
 
 import zmq
 
 from penstock.actors.actor import Post
 from penstock.actors.errors import Fault
-from penstock.actors.process import build_actor, post_to_json
+from penstock.actors.forkserver import ForkServer
+from penstock.actors.process import build_actor
 
 
 class Worker(ABC):
@@ -29,9 +27,9 @@ class Worker(ABC):
         self.facts: dict[str, Any] = {}
         self.load: dict[str, Any] = {}
         self.progress = 0
-        self.begun = self.beat = time.monotonic()
+        self.beat = self.moved = time.monotonic()
         self.fault: Fault | None = None
-        self.starts = 1  # in a row, this one included
+        self.failed_starts = 0  # in a row: deaths before it was ready
         self.restart_at: float | None = None
         self.pidfd: int | None = None
         self.pid = os.getpid()
@@ -49,9 +47,16 @@ class Worker(ABC):
     def close(self) -> None:  # noqa: B027  a thread holds nothing
         """Give back what the operating system holds for it."""
 
-    def healthy(self, seconds: float) -> bool:
-        """Whether it lived long enough for its death not to count as a failed start."""
-        return time.monotonic() - self.begun >= seconds
+    def heard(self, progress: int, load: dict[str, Any], now: float) -> None:
+        """A heartbeat came."""
+        if progress != self.progress or not load.get("in_flight"):
+            self.moved = now
+        self.beat, self.progress, self.load = now, progress, load
+
+    def stalled(self, now: float, timeout: float) -> float | None:
+        """For how long it has not moved, if that is too long: no heartbeat, or work in flight and no progress."""
+        still = now - min(self.beat, self.moved)
+        return still if self.ready and still > timeout else None
 
     def row(self) -> tuple[Any, ...]:
         post = self.post
@@ -59,44 +64,44 @@ class Worker(ABC):
 
     def vitals(self, now: float, stall_timeout: float) -> tuple[Any, ...]:
         state = "restarting" if self.restart_at is not None else "starting" if not self.ready else "ready"
-        if self.ready and now - self.beat > stall_timeout:
+        if self.stalled(now, stall_timeout) is not None:
             state = "stalled"
         return self.post.kind, self.post.index, self.post.incarnation, state, self.pid, self.progress, self.load
 
 
 class ProcessWorker(Worker):
-    def __init__(self, post: Post) -> None:
+    """A process, asked of the fork server. Until that answers it has no process id."""
+
+    def __init__(self, post: Post, forks: ForkServer) -> None:
         super().__init__(post)
-        post_read, post_write = os.pipe()
-        death_read, self._death = os.pipe()  # the write end is ours alone: it closes when we do, however that comes about
+        death, self._death = os.pipe()  # the write end is ours alone: it closes when we do, however that comes about
+        self.pid = 0
+        self._status: int | None = None
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "penstock.actors.process", "--fd-post", str(post_read), "--fd-death", str(death_read)],
-                pass_fds=(post_read, death_read),
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr,
-            )
+            forks.ask(post, death)
         finally:
-            os.close(post_read)
-            os.close(death_read)
-        with suppress(BrokenPipeError), os.fdopen(post_write, "w") as pipe:  # it may be dead already: that is noticed elsewhere
-            pipe.write(post_to_json(post))
-        self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
+            os.close(death)
+
+    def born(self, pid: int) -> int:
+        """It has this process id. Returns its pidfd, readable when it is gone."""
+        self.pid, self.pidfd = pid, os.pidfd_open(pid)
+        return self.pidfd
 
     def gone(self) -> bool:
-        return self._process.poll() is not None
+        if self._status is None and self.pid:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status is not None
 
     def death(self) -> str:
-        status = self._process.returncode
+        status = self._status
         if status is None:
             return "still alive"
         return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
     def kill(self) -> None:
-        if not self.gone():
-            self._process.kill()
-            self._process.wait()
+        if self.pidfd is not None and not self.gone():
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         for descriptor in (self.pidfd, self._death):

@@ -20,6 +20,8 @@ from penstock.actors.messages import Accepted, Chunks, Renew
 from penstock.clients.errors import InvalidRequest, PenstockError, StartError
 from penstock.clients.launcher import Engine
 
+PROCESSES = 7  # supervisor, fork server and five actors
+
 
 def family(pid: int) -> list[psutil.Process]:
     supervisor = psutil.Process(pid)
@@ -51,7 +53,7 @@ def test_terminating_drains_and_leaves_nothing_behind(private: Path, connect: Ca
     with Engine("tiny", executor="mock", directory=str(private)) as engine:
         engine.wait(60)
         processes = family(engine.pid)
-        assert len(processes) == 6
+        assert len(processes) == PROCESSES
         raw = connect(engine.address)
         raw.hello()
         raw.generate("r", ids=array("i", [1, 2]).tobytes(), params={"max_tokens": 3000})
@@ -99,7 +101,7 @@ def test_the_engine_dies_with_the_process_that_launched_it() -> None:
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         processes = family(int(launcher.stdout.readline()))
-        assert len(processes) == 6
+        assert len(processes) == PROCESSES
         launcher.kill()
     wait_gone(processes)
 

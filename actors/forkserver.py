@@ -1,0 +1,131 @@
+"""The fork server: it has imported what actors need, and becomes one whenever the supervisor asks.
+
+    python -m penstock.actors.forkserver --fd-control N
+
+Importing torch and a model class takes seconds, forking a process that has done so takes milliseconds: so an actor that died is back
+before its clients notice. The server opens no device and starts no thread, so that it may be forked; what it holds is frozen, and shared
+by all actors until they write to it. Each actor is forked twice and adopted by the supervisor, a subreaper: so the supervisor learns of
+its death from the kernel, and the fork server may die without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+from penstock.actors.actor import Post
+from penstock.actors.process import ACTORS, be_actor, post_from_json, post_to_json
+
+MOST_BYTES = 1 << 16  # of one request
+HEAVY = ("penstock.engine.model.build", "penstock.engine.memory", "penstock.engine.runner")  # torch, and all that runs a model
+
+
+class ForkServer:
+    """The supervisor's side: asks for actors, and hears who was born. `control` is readable when there is news."""
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "penstock.actors.forkserver", "--fd-control", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+            )
+
+    def ask(self, post: Post, death: int) -> None:
+        """Ask for an actor that holds the descriptor `death`. Whether it comes is known only by `born`."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self.control, [post_to_json(post).encode()], [death])
+
+    def born(self) -> tuple[int, int] | None:
+        """The incarnation and process id of the next actor that was forked; None if there is no news now, or never will be: see `gone`."""
+        with suppress(BlockingIOError, ConnectionResetError):
+            message = self.control.recv(MOST_BYTES, socket.MSG_DONTWAIT)
+            if message:
+                incarnation, pid = json.loads(message)
+                return incarnation, pid
+        return None
+
+    def gone(self) -> bool:
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        """End it; its actors live on."""
+        self.control.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def preload(post: Post) -> None:
+    """Import what an actor will need, once. The model itself is opened by the executor alone, and errors in it are its to report."""
+    importlib.import_module(ACTORS[post.kind].partition(":")[0])
+    if post.kind != "executor" or post.config.executor == "mock":
+        return
+    for name in HEAVY:
+        importlib.import_module(name)
+    from penstock.engine.model.spec import ModelError, read_spec
+    from penstock.engine.open import model_folder
+
+    with suppress(ModelError, ValueError, OSError, KeyError, TypeError):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = read_spec(model_folder(post.config.model), weights="random").folder
+        # Looking a class up imports its module.
+        AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))]
+
+
+def fork_actor(post: Post, death: int, control: socket.socket) -> None:
+    """Fork the actor and, once the supervisor has adopted it, tell that its process id. Returns in the fork server only."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            actor = int(pipe.readline())
+        os.waitpid(child, 0)
+        with suppress(BrokenPipeError, ConnectionResetError):  # the supervisor is gone, and so will the actor be
+            control.send(json.dumps([post.incarnation, actor]).encode())
+        return
+    between, actor = os.getpid(), os.fork()
+    if actor:
+        os.write(write, f"{actor}\n".encode())
+        os._exit(0)
+    for descriptor in (read, write, control.detach()):
+        os.close(descriptor)
+    while os.getppid() == between:  # until the supervisor has adopted it: it asks to die with its parent
+        time.sleep(0.0002)
+    be_actor(post, death)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd-control", type=int, required=True)
+    control = socket.socket(fileno=parser.parse_args().fd_control)
+    # Ctrl-C reaches every process of the terminal: the supervisor drains first and then stops its actors.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ACTORS.values():
+        importlib.import_module(name.partition(":")[0])
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, MOST_BYTES, 1)
+        if not message:
+            return  # the supervisor is gone
+        post = post_from_json(message.decode())
+        preload(post)
+        gc.collect()
+        gc.freeze()  # nothing that is shared is moved about by a collection in a child
+        fork_actor(post, descriptors[0], control)
+        os.close(descriptors[0])
+
+
+if __name__ == "__main__":
+    main()
