@@ -169,7 +169,7 @@ class Supervisor:
                 self.log.info("engine ready", address=self.door)
                 self.report({"ready": self.door, "directory": str(self.workplace.path), "pid": os.getpid()})
             return
-        worker.ready, worker.facts, worker.failed_starts = True, message.facts, 0
+        worker.begin(message.facts, time.monotonic())
         self._announce()
         if self.drain_until is not None:
             self.mail.send(GATEWAY, Drain())  # one that was started anew does not know

@@ -47,6 +47,10 @@ class Worker(ABC):
     def close(self) -> None:  # noqa: B027  a thread holds nothing
         """Give back what the operating system holds for it."""
 
+    def begin(self, facts: dict[str, Any], now: float) -> None:
+        """It is ready: from now on it is expected to move."""
+        self.ready, self.facts, self.failed_starts, self.beat, self.moved = True, facts, 0, now, now
+
     def heard(self, progress: int, load: dict[str, Any], now: float) -> None:
         """A heartbeat came."""
         if progress != self.progress or not load.get("in_flight"):
