@@ -19,6 +19,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "unavailable": (True, "the engine is not ready, or lost a part and is recovering it"),
     "draining": (True, "the engine finishes what is open and takes nothing new: use another one"),
     "lease_expired": (True, "the client was silent for longer than its lease"),
+    "out_of_memory": (True, "a step did not fit the device's memory: the engine goes on with smaller ones"),
     "engine_fault": (False, "the engine failed on this request"),
     "version": (False, "the peer speaks another version of the protocol"),
     "malformed": (False, "the bytes are not a message"),

@@ -58,7 +58,8 @@ class ExecutorActor(Actor):
     def _check(self, done: StepDone) -> None:
         """A step that failed leaves its slots undefined: this incarnation ends, and the requests are handed to the next one."""
         if done.error is not None:
-            raise Refusal("engine_fault", f"step {done.step}: {done.error}", actor=self.kind)
+            code = "out_of_memory" if done.error.startswith("OutOfMemoryError") else "engine_fault"
+            raise Refusal(code, f"step {done.step}: {done.error}", actor=self.kind)
 
     def finish(self) -> None:
         if self.results is not None:

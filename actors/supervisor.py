@@ -34,6 +34,7 @@ from penstock.actors.workplace import Workplace
 
 BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)  # before the nth start in a row of an actor that never was ready; beyond these the engine gives up
 STOP_S = 5.0
+LEAST_BUDGET = 64  # tokens in a step, however often memory runs out
 PR_SET_CHILD_SUBREAPER = 36
 
 Report = Callable[[dict[str, Any]], None]
@@ -55,6 +56,7 @@ class Supervisor:
         self.workers: dict[PeerKey, Worker] = {}
         self.forks: ForkServer | None = None  # none with threads
         self.incarnations = 0
+        self.token_budget = config.token_budget
         self.announced = False  # ready was reported
         self.stopping: str | None = None  # why
         self.drain_until: float | None = None
@@ -109,7 +111,7 @@ class Supervisor:
     def _hire(self, key: PeerKey) -> None:
         self.incarnations += 1
         kind, index = key
-        config = self.config.to_wire() | {"address": self.door}
+        config = self.config.to_wire() | {"address": self.door, "token_budget": self.token_budget}
         post = Post(
             kind, index, self.incarnations, self._address(f"{kind}{index}.{self.incarnations}"), self.address,
             str(self.workplace.path), EngineConfig.from_wire(config),
@@ -232,6 +234,10 @@ class Supervisor:
         worker.close()
         fault = worker.fault or Fault(code="engine_fault", message=f"the {key[0]} died: {worker.death()}", actor=key[0])
         self.log.error("actor died", kind=key[0], index=key[1], death=worker.death(), why=fault.message)
+        if fault.code == "out_of_memory" and worker.ready:
+            # What else takes memory may stay: the next executor sizes its cache again, beside a smaller worst case.
+            self.token_budget = max(LEAST_BUDGET, worker.facts["token_budget"] // 2)
+            self.log.warning("smaller steps", token_budget=self.token_budget)
         worker.failed_starts += not worker.ready
         if not self.announced or worker.failed_starts >= len(BACKOFF_S):
             self.failure = fault

@@ -16,17 +16,19 @@ from penstock.actors.supervisor import Supervisor
 from penstock.clients.errors import PenstockError
 from penstock.clients.sync import Client
 from penstock.engine.mock import MockPending, MockRunner
-from penstock.engine.plan import StepPlan
+from penstock.engine.plan import StepPlan, StepResult
 
-POISON = 666
+POISON, ROOM = 666, 3000
 
 
 class Poisoned(MockRunner):
-    """Dies of a step in which a prompt has the token `POISON`."""
+    """Dies of a step in which a prompt has the token `POISON`, and has no memory for one of more than `ROOM` tokens."""
 
     def launch(self, plan: StepPlan) -> MockPending:
         if POISON in np.asarray(plan.tokens):
             raise RuntimeError("poisoned")
+        if int(plan.counts.sum()) > ROOM:
+            return MockPending(StepResult(plan.step, np.empty(0, np.int32), error="OutOfMemoryError: there is no more"))
         return super().launch(plan)
 
 
@@ -72,3 +74,11 @@ def test_the_guilty_request_is_quarantined_and_the_others_go_on(client: Client) 
     assert all(stream.completion().ids == alone.ids[:50] for stream in late)
     assert client.generate([5, 6, 7], max_tokens=10).ids == alone.ids[:10]
     assert client.status()["requests"]["open"] == 0
+
+
+def test_a_step_without_memory_makes_later_ones_smaller(client: Client) -> None:
+    alone = client.generate([5] * 2000, max_tokens=100)
+    streams = [client.stream([place] * 2000, max_tokens=100) for place in range(1, 7)]
+    assert all(stream.completion().ids == alone.ids for stream in streams)
+    incarnations = [row["incarnation"] for row in client.status()["actors"] if row["kind"] == "executor"]
+    assert max(incarnations) > 5, "no step ran out of memory"
