@@ -77,8 +77,8 @@ def test_the_guilty_request_is_quarantined_and_the_others_go_on(client: Client) 
 
 
 def test_a_step_without_memory_makes_later_ones_smaller(client: Client) -> None:
-    alone = client.generate([5] * 2000, max_tokens=100)
-    streams = [client.stream([place] * 2000, max_tokens=100) for place in range(1, 7)]
-    assert all(stream.completion().ids == alone.ids for stream in streams)
+    long = client.generate([5] * 5000, max_tokens=100)
+    assert len(long.ids) == 100
     incarnations = [row["incarnation"] for row in client.status()["actors"] if row["kind"] == "executor"]
     assert max(incarnations) > 5, "no step ran out of memory"
+    assert client.generate([5] * 5000, max_tokens=100).ids == long.ids
