@@ -25,7 +25,7 @@ import msgpack
 import numpy as np
 
 from penstock.engine.draft import Launched
-from penstock.engine.plan import Int32, StepPlan, StepResult
+from penstock.engine.plan import Fill, Int32, StepPlan, StepResult
 from penstock.engine.recorder import Call, RecordedScheduler
 from penstock.engine.request import Request, Sampler
 from penstock.engine.scheduler import Scheduler, SchedulerConfig
@@ -37,9 +37,9 @@ MAGIC = "penstock recording"
 VERSION = 1
 STOP = 1  # stands for every stop id; all other ids are 0
 MOST_CELLS = 2**30  # of an array: a recording of a few bytes must not ask for more memory than there is
-COLUMNS = ("step", "fills", "table_slots", "table_columns", "table_blocks", "slots", "starts", "counts", "decodes", "samples", "tokens")
+COLUMNS = tuple(spec.name for spec in fields(StepPlan))
 
-_CLASSES: dict[str, type[Any]] = {kind.__name__: kind for kind in (*PARTS, Launched, Request, Sampler, SchedulerConfig, Stream)}
+_CLASSES: dict[str, type[Any]] = {kind.__name__: kind for kind in (*PARTS, Launched, Request, Sampler, SchedulerConfig, StepPlan, Stream)}
 _LISTS: dict[str, Any] = {"list": list, "tuple": tuple, "deque": deque}
 _MAPS: dict[str, Any] = {"dict": dict, "ordered": OrderedDict}
 _TAGS = {kind: tag for tag, kind in (_LISTS | _MAPS).items()}
@@ -63,12 +63,19 @@ class Recording:
 def columns(plan: StepPlan, *, text: bool) -> list[Any]:
     """What is compared of a plan, by the names in `COLUMNS`: its columns as bytes. Without `text`, of ids only how many there are. Samplers
     are not in it but for what the scheduler reads: they pass through it."""
-    fills = [
-        [fill.slot, fill.prompt_tokens, fill.sampler.seed, fill.sampler.prompt_logprobs, _ids(fill.history, text)] for fill in plan.fills
-    ]
-    tables = plan.table_slots.tobytes(), plan.table_columns.tobytes(), plan.table_blocks.tobytes()
-    rows = plan.slots.tobytes(), plan.starts.tobytes(), plan.counts.tobytes()
-    return [plan.step, fills, *tables, *rows, plan.decodes, plan.samples.tobytes(), _ids(plan.tokens, text)]
+    return [_column(name, getattr(plan, name), text) for name in COLUMNS]
+
+
+def _column(name: str, value: Any, text: bool) -> Any:
+    if name == "fills":
+        return [_fill(fill, text) for fill in value]
+    if name == "tokens":
+        return _ids(value, text)
+    return value if type(value) is int else value.tobytes()
+
+
+def _fill(fill: Fill, text: bool) -> list[Any]:
+    return [fill.slot, fill.prompt_tokens, fill.sampler.seed, fill.sampler.prompt_logprobs, _ids(fill.history, text)]
 
 
 def _ids(ids: Int32, text: bool) -> bytes | int:
@@ -92,7 +99,7 @@ class _Writer:
 
     def __init__(self, start: Snapshot, text: bool) -> None:
         self.text = text
-        self.attributes: dict[str, list[str]] = {}
+        self.attributes = {"StepPlan": list(COLUMNS)}  # a plan is written as its columns
         self._start = start
         self._key = secrets.token_bytes(32)
         self._seen: dict[int, int] = {}
@@ -205,7 +212,7 @@ class _Reader:
         example = Scheduler(SchedulerConfig(slots=1, blocks=1))
         instances = {"Scheduler": example, "Slots": example._slots, "Prefixes": example._prefixes}
         for name, recorded in names.items():
-            if set(recorded) != set(attributes(_CLASSES[name], instances.get(name))):
+            if sorted(recorded) != sorted(attributes(_CLASSES[name], instances.get(name))):
                 raise RecordingError(f"recorded by another version of Penstock: {name} has other attributes there")
         self._names = names
         self._seen: list[Any] = []
