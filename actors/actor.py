@@ -91,6 +91,9 @@ class Actor:
         """For the status report."""
         return {}
 
+    def crashed(self) -> None:
+        """An exception of this actor's own code has ended it: keep what may explain it."""
+
     def finish(self) -> None:
         """The loop has ended: close what `start` opened."""
 
@@ -114,6 +117,7 @@ class Actor:
         except Exception as error:
             self.log.exception("died")
             self._fault(Fault(code="engine_fault", message=f"{type(error).__name__}: {error}", actor=self.kind))
+            self.crashed()
             return False
         finally:
             self.finish()

@@ -45,6 +45,9 @@ class EngineConfig:
     stall_timeout: float = _setting(10.0, "an actor without a heartbeat for this long is stalled")
     threads: int | None = _setting(None, "CPU threads of the executor; none: all cores")
     seed: int = _setting(0, "of random weights")
+    record_ring: int = _setting(32, "MiB of memory for the flight recorder, which keeps the scheduler's last inputs; 0: none")
+    record_text: bool = _setting(False, "record token ids too: without them nobody can tell the prompts from a recording")
+    record_folder: str | None = _setting(None, "where recordings go; none: beside the log file, or the user's runtime folder")
     log_level: str = _setting("info", "debug, info, warning or error")
     log_file: str | None = _setting(None, "where JSON log lines go; none: standard error")
 
@@ -71,6 +74,8 @@ class EngineConfig:
                 raise _bad(name, getattr(self, name), "an integer above 0, or nothing")
         if self.memory is not None and (not isinstance(self.memory, int | float) or not self.memory > 0):
             raise _bad("memory", self.memory, "a number above 0, or nothing")
+        if not isinstance(self.record_ring, int) or self.record_ring < 0:
+            raise _bad("record_ring", self.record_ring, "an integer of 0 or more")
         for name in ("lease", "drain_timeout", "stall_timeout"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise _bad(name, getattr(self, name), "a number above 0")

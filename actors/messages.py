@@ -7,7 +7,7 @@ fresh only if both are current. Times are seconds; those that are points in time
     client  ══ Hello, Generate, Cancel, Renew, List, Status ══▶ gateway ══ Welcome, Accepted, Chunks, Failed, … ══▶ client
     gateway ── Encode ──▶ tokenizer ── Encoded ──▶ gateway ── Submit, Abort ──▶ scheduler ── Begin ──▶ gateway
     scheduler ── Step ──▶ executor ── StepDone ──▶ scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway ── Journaled ──▶ scheduler
-    every actor ── Up, Ready, Heartbeat, Died ──▶ supervisor ── Peers, Vitals, Drain, Stop ──▶ every actor
+    every actor ── Up, Ready, Heartbeat, Died ──▶ supervisor ── Peers, Vitals, Drain, Record, Stop ──▶ every actor
 """
 
 from __future__ import annotations
@@ -205,6 +205,11 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """To the scheduler: write down what the flight recorder holds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End now, in order."""
 
@@ -346,7 +351,7 @@ class Journaled:
 
 INSIDE = Catalogue(
     {
-        1: Up, 2: Ready, 3: Heartbeat, 4: Died, 5: Peers, 6: Vitals, 7: Drain, 8: Stop,
+        1: Up, 2: Ready, 3: Heartbeat, 4: Died, 5: Peers, 6: Vitals, 7: Drain, 8: Stop, 9: Record,
         20: Encode, 21: Encoded, 22: Submit, 23: Abort, 24: Begin, 25: Step, 26: StepDone, 27: Emitted, 28: Released, 29: Journaled,
     }
 )  # fmt: skip

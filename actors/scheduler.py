@@ -13,7 +13,11 @@ import numpy.typing as npt
 
 from penstock.actors.actor import EXECUTOR, GATEWAY, HEARTBEAT_S, Actor, Peer, PeerKey
 from penstock.actors.columns import int64, request_from, result_from_done, step_from_plan, token_rows
-from penstock.actors.messages import Abort, Begin, Emitted, Journaled, StepDone, Submit
+from penstock.actors.errors import Refusal
+from penstock.actors.messages import Abort, Begin, Emitted, Journaled, Record, StepDone, Submit
+from penstock.actors.recordings import keep, recordings_folder
+from penstock.engine.recorder import RecordedScheduler
+from penstock.engine.recording import encode
 from penstock.engine.request import Request
 from penstock.engine.scheduler import Commit, Ended, Scheduler, SchedulerConfig
 
@@ -39,6 +43,7 @@ class SchedulerActor(Actor):
         self.spent = 0.0  # CPU seconds of plan and commit since the last commit
         self.host_seconds: deque[float] = deque(maxlen=HOST_SAMPLES)
         self.handlers |= {Submit: self._submit, Abort: self._abort, StepDone: self._commit, Journaled: self._journaled}
+        self.handlers[Record] = lambda _: self._record("asked")
         self._forget_progress()
         return {}
 
@@ -66,16 +71,31 @@ class SchedulerActor(Actor):
         self.flying = []
 
     def _new_scheduler(self, facts: dict[str, Any]) -> Scheduler:
-        return Scheduler(
-            SchedulerConfig(
-                slots=facts["slots"],
-                blocks=facts["blocks"],
-                block_size=facts["block_size"],
-                token_budget=facts["token_budget"],
-                max_model_len=facts["max_model_len"],
-                prefix_cache=self.config.prefix_cache,
-            )
+        config = SchedulerConfig(
+            slots=facts["slots"],
+            blocks=facts["blocks"],
+            block_size=facts["block_size"],
+            token_budget=facts["token_budget"],
+            max_model_len=facts["max_model_len"],
+            prefix_cache=self.config.prefix_cache,
         )
+        if not self.config.record_ring:
+            return Scheduler(config)
+        return RecordedScheduler(config, self.config.record_ring << 20, text=self.config.record_text)
+
+    def crashed(self) -> None:
+        self._record("crash")
+
+    def _record(self, why: str) -> None:
+        """Write down what the flight recorder holds. Plans wait meanwhile: a fraction of a second."""
+        if not isinstance(self.scheduler, RecordedScheduler):
+            self.log.warning("nothing is recorded", why=why)
+            return
+        try:
+            path = keep(recordings_folder(self.config), encode(self.scheduler))
+            self.log.warning("recorded", why=why, file=str(path), calls=len(self.scheduler.calls))
+        except (OSError, Refusal) as error:
+            self.log.error("recording lost", why=why, error=str(error))
 
     def _forget_progress(self) -> None:
         """Messages to each detokenizer since the last Begin: sent, and known to be journaled."""
@@ -217,5 +237,3 @@ def _end(end: Ended) -> tuple[Any, ...]:
         "decode_s": end.decode_s,
     }
     return end.handle, end.attempt, end.reason, facts
-
-

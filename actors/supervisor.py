@@ -22,13 +22,13 @@ from typing import Any
 
 import zmq
 
-from penstock.actors.actor import GATEWAY, HEARTBEAT_S, PeerKey, Post
+from penstock.actors.actor import GATEWAY, HEARTBEAT_S, SCHEDULER, PeerKey, Post
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.forkserver import ForkServer
 from penstock.actors.log import open_log
 from penstock.actors.mailbox import Mailbox
-from penstock.actors.messages import Died, Drain, Heartbeat, Peers, Ready, Stop, Up, Vitals
+from penstock.actors.messages import Died, Drain, Heartbeat, Peers, Ready, Record, Stop, Up, Vitals
 from penstock.actors.worker import ProcessWorker, ThreadWorker, Worker
 from penstock.actors.workplace import Workplace
 
@@ -91,9 +91,9 @@ class Supervisor:
         self.mail.send(GATEWAY, Drain())
 
     def on_signals(self) -> None:
-        """Let SIGINT and SIGTERM stop the engine. For the main thread of a process only."""
+        """Let SIGINT and SIGTERM stop the engine, and SIGUSR1 write a recording of its scheduler. For the main thread of a process only."""
         self._signals, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write)
         self.mail.watch(self._signals)
@@ -200,8 +200,11 @@ class Supervisor:
             while (message := self.mail.receive()) is not None:
                 self._handlers[type(message)](message)
             if self._signals is not None and self._signals in woken:
-                os.read(self._signals, 64)
-                self.stop("signal")
+                numbers = os.read(self._signals, 64)
+                if signal.SIGUSR1 in numbers:
+                    self.mail.send(SCHEDULER, Record())
+                if set(numbers) != {signal.SIGUSR1}:
+                    self.stop("signal")
             if self._death is not None and self._death in woken:
                 self.stopping = "the process that launched this engine is gone"
             now = time.monotonic()

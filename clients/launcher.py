@@ -120,6 +120,11 @@ class Engine:
         if self._process.poll() is None:
             self._process.terminate()
 
+    def record(self) -> None:
+        """Have it write down what its scheduler did lately, for `penstock replay`. Its log says where. Only once it is ready."""
+        if self._process.poll() is None and self.address:
+            self._process.send_signal(signal.SIGUSR1)
+
     def stop(self, seconds: float = _STOP_S) -> None:
         """End it, and wait until it has ended. Open requests end unfinished. After `seconds` it is killed. Harmless twice."""
         if self._stopped:

@@ -34,8 +34,8 @@ class FairQueue(Generic[W]):
     __slots__ = ("_active", "_levels", "_pushes", "_sweep_at")
 
     def __init__(self) -> None:
-        self._levels: dict[int, _Level[W]] = {}  # by priority
-        self._active: dict[int, _Level[W]] = {}  # those of them with someone in line
+        self._levels: dict[int, Level[W]] = {}  # by priority
+        self._active: dict[int, Level[W]] = {}  # those of them with someone in line
         self._pushes, self._sweep_at = 0, SWEEP
 
     def priorities(self) -> set[int]:
@@ -47,7 +47,7 @@ class FairQueue(Generic[W]):
         self._pushes += 1
         if self._pushes >= self._sweep_at:
             self._sweep()
-        level = self._active[entry.priority] = self._levels.get(entry.priority) or _Level()
+        level = self._active[entry.priority] = self._levels.get(entry.priority) or Level()
         self._levels[entry.priority] = level
         line = level.lines.get(entry.tenant)
         if line is None:
@@ -91,7 +91,7 @@ class FairQueue(Generic[W]):
         self._pushes, self._sweep_at = 0, max(SWEEP, sum(level.waiting for level in self._levels.values()))
 
 
-class _Level(Generic[W]):
+class Level(Generic[W]):
     """One priority."""
 
     __slots__ = ("heap", "lines", "served", "turn")

@@ -118,6 +118,9 @@ class Scheduler:
 
     def expire(self, now: float) -> None:
         """End the streams whose time is over."""
+        self._expire(now)
+
+    def _expire(self, now: float) -> None:
         for stream, reason in self._deadlines.due(now):
             self._end(stream, reason, now)
 
@@ -125,7 +128,7 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can run before another result or request arrives."""
-        self.expire(now)
+        self._expire(now)
         draft = Draft(self.config.token_budget)
         for priority in sorted(self._slots.shares.priorities() | self._queue.priorities(), reverse=True):
             self._decode(priority, draft)

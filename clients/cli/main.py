@@ -8,6 +8,7 @@ from penstock.clients.bench.command import app as bench
 from penstock.clients.cli.chat import chat
 from penstock.clients.cli.demo import demo
 from penstock.clients.cli.generate import generate
+from penstock.clients.cli.replay import replay
 from penstock.clients.cli.report import STATUS_HELP
 from penstock.clients.cli.serve import serve
 from penstock.clients.cli.status import status
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for command in (serve, generate, chat, status, demo):
+for command in (serve, generate, chat, status, replay, demo):
     app.command(epilog=STATUS_HELP)(command)
 
 app.add_typer(bench, name="bench")

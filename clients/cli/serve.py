@@ -49,7 +49,7 @@ def serve(
 
 
 class _Stop:
-    """Ctrl-C and SIGTERM: drain at first, then end."""
+    """Ctrl-C and SIGTERM: drain at first, then end. SIGUSR1: record what the scheduler did lately."""
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
@@ -57,6 +57,7 @@ class _Stop:
         self.event = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        signal.signal(signal.SIGUSR1, self._record)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1
@@ -64,6 +65,10 @@ class _Stop:
             raise KeyboardInterrupt
         self.engine.drain()
         self.event.set()
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.engine is not None:
+            self.engine.record()
 
 
 def _watch(engine: Engine, stop: _Stop, live: bool) -> None:

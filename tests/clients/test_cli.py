@@ -34,7 +34,7 @@ def penstock(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 def test_help_names_every_command_and_every_parameter() -> None:
     shown = penstock("--help").stdout
-    for name in ("serve", "generate", "chat", "status", "demo"):
+    for name in ("serve", "generate", "chat", "status", "replay", "demo"):
         assert name in shown
     shown = penstock("generate", "--help").stdout
     for name in ("--temperature", "--stop-token-ids", "--ignore-eos", "--template-kwargs", "--input", "--as-completed"):

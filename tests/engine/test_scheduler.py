@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from zlib import crc32
@@ -188,12 +189,13 @@ class World:
     config: SchedulerConfig
     depth: int = 0
     now: float = 0.0
+    scheduling: Callable[[SchedulerConfig], Scheduler] = Scheduler
     plans: list[StepPlan] = field(default_factory=list)
     ends: dict[tuple[int, int], Ended] = field(default_factory=dict)  # (handle, attempt)
     outputs: dict[int, list[int]] = field(default_factory=dict)  # of streams that ended
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = self.scheduling(self.config)
         self.executor = SymbolicExecutor(self.config)
         self.open: dict[int, Stream] = {}
         self.results: deque[tuple[StepResult, list[int]]] = deque()
@@ -416,8 +418,10 @@ OPERATIONS = st.lists(
 )
 
 
-def live(config: SchedulerConfig, depth: int, operations: list[Operation]) -> World:
-    world = World(config, depth)
+def live(
+    config: SchedulerConfig, depth: int, operations: list[Operation], scheduling: Callable[[SchedulerConfig], Scheduler] = Scheduler
+) -> World:
+    world = World(config, depth, scheduling=scheduling)
     requests: list[Request] = []  # by handle, the newest attempt of each
     for operation in operations:
         match operation:
