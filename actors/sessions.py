@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ class Session:
     name: str
     identity: bytes  # of its connection
     seen: float
+    user: str = ""  # whose it is, where keys are demanded
+    key: str = ""  # that its connection was made with
     number: int = 0  # of the last Chunks message
     acknowledged: int = 0
     streams: int = 0  # stream numbers given out
@@ -91,42 +93,52 @@ class Session:
 
 
 class Sessions:
-    """Clients by the identity of their connection, and by their own id."""
+    """Clients by the identity of their connection, and by whose they are and their own id: two users' clients of one id are two."""
 
     def __init__(self) -> None:
         self._by_identity: dict[bytes, Session] = {}
-        self._by_client: dict[str, Session] = {}
+        self._by_user: dict[str, dict[str, Session]] = {}
         self._news: set[Session] = set()
 
     def __iter__(self) -> Iterator[Session]:
-        return iter(list(self._by_client.values()))
+        return iter([session for clients in self._by_user.values() for session in clients.values()])
 
     def with_news(self) -> list[Session]:
         """Those with something to send."""
         return list(self._news)
 
-    def knows(self, client: str) -> bool:
-        return client in self._by_client
+    def of(self, user: str) -> Mapping[str, Session]:
+        return self._by_user.get(user, {})
+
+    def held(self, session: Session) -> int:
+        """Streams of a client, ended ones that it has not acknowledged included; those of all the user's clients, if it has a user."""
+        sessions = self.of(session.user).values() if session.user else (session,)
+        return sum(request.streams for one in sessions for request in one.requests.values())
 
     def __len__(self) -> int:
-        return len(self._by_client)
+        return sum(map(len, self._by_user.values()))
 
     def find(self, identity: bytes) -> Session | None:
         return self._by_identity.get(identity)
 
-    def meet(self, client: str, name: str, identity: bytes, now: float) -> Session:
+    def meet(self, client: str, name: str, identity: bytes, now: float, user: str = "", key: str = "") -> Session:
         """The session of a client that said Hello: a new one, or its own, moved to this connection."""
-        session = self._by_client.get(client)
+        clients = self._by_user.setdefault(user, {})
+        session = clients.get(client)
         if session is None:
-            session = self._by_client[client] = Session(client, name, identity, now, news=self._news)
+            session = clients[client] = Session(client, name, identity, now, user, key, news=self._news)
         else:
             self._by_identity.pop(session.identity, None)
             session.attach(identity, now)
+            session.key = key
         self._by_identity[identity] = session
         return session
 
     def forget(self, session: Session) -> None:
-        self._by_client.pop(session.client, None)
+        clients = self._by_user.get(session.user, {})
+        clients.pop(session.client, None)
+        if not clients:
+            self._by_user.pop(session.user, None)
         self._news.discard(session)
         if self._by_identity.get(session.identity) is session:
             del self._by_identity[session.identity]
