@@ -195,7 +195,7 @@ class GatewayActor(Actor):
             session.seen = now
         if verdict == "far too much":
             if meter.warn(identity):
-                self.door.send(identity, Failed(None, _too_much(meter.wait(identity))))
+                self.door.send(identity, Failed(None, _too_much(meter.turn(identity))))
             return
         try:
             message = self.door.decode(arrival.frame)
@@ -207,7 +207,7 @@ class GatewayActor(Actor):
                 self.door.send(identity, Goodbye())
             elif verdict == "too much" and isinstance(message, Generate):
                 self.totals["failed"] += 1
-                self.door.send(identity, Failed(message.request, _too_much(meter.wait(identity))))
+                self.door.send(identity, Failed(message.request, _too_much(meter.turn(identity))))
             else:
                 self.calls[type(message)](session, message)
         except WireError as error:

@@ -22,6 +22,10 @@ _Z85 = r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}"
 _FIELD = re.compile(rf'^\s*(public|secret)-key\s*=\s*"({_Z85})"\s*$', re.MULTILINE)
 
 
+def is_key(text: str) -> bool:
+    return bool(re.fullmatch(_Z85, text))
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Z85 text, 40 characters each."""

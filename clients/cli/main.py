@@ -8,6 +8,7 @@ from penstock.clients.bench.command import app as bench
 from penstock.clients.cli.chat import chat
 from penstock.clients.cli.demo import demo
 from penstock.clients.cli.generate import generate
+from penstock.clients.cli.keys import app as keys
 from penstock.clients.cli.report import STATUS_HELP
 from penstock.clients.cli.serve import serve
 from penstock.clients.cli.status import status
@@ -24,6 +25,7 @@ for command in (serve, generate, chat, status, demo):
     app.command(epilog=STATUS_HELP)(command)
 
 app.add_typer(bench, name="bench")
+app.add_typer(keys, name="keys")
 
 
 def main() -> None:
