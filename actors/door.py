@@ -121,9 +121,11 @@ class Door:
             raise frame
         return TO_GATEWAY.decode_untrusted(frame, self.limits)
 
-    def send(self, identity: bytes, message: Any) -> None:
-        """Never blocks: what a vanished client does not take is dropped."""
-        self.socket.send_multipart((identity, TO_CLIENT.encode(message)), zmq.NOBLOCK)
+    def send(self, identity: bytes, message: Any) -> int:
+        """Never blocks: what a vanished client does not take is dropped. Returns the bytes of the message."""
+        frame = TO_CLIENT.encode(message)
+        self.socket.send_multipart((identity, frame), zmq.NOBLOCK)
+        return len(frame)
 
     def close(self, linger: int | None = None) -> None:
         self.socket.close(linger=linger)

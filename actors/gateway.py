@@ -54,6 +54,7 @@ from penstock.actors.wire import WireError
 LOOK_EVERY_S = 0.1  # at leases and deadlines
 MOST_SESSIONS = 16_384
 MOST_SESSIONS_OF_USER = 1024
+UNREAD = 4  # times the largest message: answers that a client may leave unread, in bytes
 TELL_EVERY_S = 10.0  # of connections that were refused: strangers must not fill the disk
 STRANGERS = (10.0, 2.0**20)  # messages and bytes a second of a connection that was not welcomed
 JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
@@ -88,7 +89,8 @@ class GatewayActor(Actor):
         }  # fmt: skip
         self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
             Generate: self._generate, Cancel: self._cancel, Renew: lambda session, message: session.acknowledge(message.received),
-            List: self._list, Goodbye: lambda session, _: self._leave(session),
+            List: self._list, Status: lambda session, message: self._answer(session, self._report(message)),
+            Goodbye: lambda session, _: self._leave(session),
         }  # fmt: skip
         return {}
 
@@ -201,17 +203,29 @@ class GatewayActor(Actor):
             message = self.door.decode(arrival.frame)
             if isinstance(message, Hello):
                 self._hello(arrival, user, message, now)
-            elif isinstance(message, Status):
-                self._status(identity, message)  # for anyone, also while the engine is starting
+            elif session is None and isinstance(message, Status):  # for anyone, also while the engine is starting
+                self.door.send(identity, self._report(message))
             elif session is None:
                 self.door.send(identity, Goodbye())
-            elif verdict == "too much" and isinstance(message, Generate):
+            elif isinstance(message, Generate) and (not self._reads(session, now) or verdict == "too much"):
                 self.totals["failed"] += 1
-                self.door.send(identity, Failed(message.request, _too_much(meter.turn(identity))))
-            else:
+                self._answer(session, Failed(message.request, _too_much(meter.turn(identity))))
+            elif not isinstance(message, List | Status) or self._reads(session, now):
                 self.calls[type(message)](session, message)
         except WireError as error:
             self.door.send(identity, Failed(None, Fault(code=error.code, message=str(error)).to_wire()))
+
+    def _answer(self, session: Session, message: Any) -> None:
+        session.answered += self.door.send(session.identity, message)
+
+    def _reads(self, session: Session, now: float) -> bool:
+        """Whether a client reads its answers. If many wait and no chunks are on their way, as many empty ones follow as it must
+        acknowledge at once; who does not is told nothing more."""
+        most = UNREAD * self.config.max_message
+        if session.unread > most // 2 and session.number == session.acknowledged:
+            for _ in range(max(1, self.config.window // 4)):
+                self.door.send(session.identity, session.chunks(now))
+        return session.unread <= most
 
     def _hello(self, arrival: Arrival, user: str, hello: Hello, now: float) -> None:
         if not 0 < len(hello.client) <= 64 or len(hello.name) > 256:
@@ -271,7 +285,7 @@ class GatewayActor(Actor):
             job = self.admission.admit(request, message, self.model, self.journal, held, now)
         except Refusal as refusal:
             self.totals["failed"] += 1
-            self.door.send(session.identity, Failed(message.request, refusal.fault.to_wire()))
+            self._answer(session, Failed(message.request, refusal.fault.to_wire()))
             return
         self.totals["requests"] += 1
         session.requests[request.id] = request
@@ -320,7 +334,7 @@ class GatewayActor(Actor):
             session.streams += 1
             entry.stream = session.streams
         resolved = request.resolved.to_wire() if request.resolved is not None else {}
-        self.door.send(session.identity, Accepted(request.id, tuple(entry.stream for entry in request.entries), resolved))
+        self._answer(session, Accepted(request.id, tuple(entry.stream for entry in request.entries), resolved))
 
     def _reattach(self, session: Session, request: OpenRequest, resume: dict[str, Any]) -> None:
         """A client is back on a new connection: go on where it says it is."""
@@ -419,7 +433,7 @@ class GatewayActor(Actor):
         self.totals["failed"] += 1
         self._drop(request)
         if request.attached:
-            self.door.send(session.identity, Failed(request.id, fault.to_wire()))
+            self._answer(session, Failed(request.id, fault.to_wire()))
 
     def _drop(self, request: OpenRequest) -> None:
         """Forget a request, whatever it is doing."""
@@ -444,20 +458,19 @@ class GatewayActor(Actor):
         self.vitals = message.actors
 
     def _list(self, session: Session, message: List) -> None:
-        self.door.send(session.identity, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
+        self._answer(session, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
 
-    def _status(self, identity: bytes, message: Status) -> None:
+    def _report(self, message: Status) -> Report:
         state = "draining" if self.draining else "ready" if self.opened else "starting"
         counts = {"open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs), **self.totals}
-        report = status_report(state, self.model, counts, len(self.sessions), self.vitals)
-        self.door.send(identity, Report(message.query, report))
+        return Report(message.query, status_report(state, self.model, counts, len(self.sessions), self.vitals))
 
     def load(self) -> dict[str, Any]:
         return {"clients": len(self.sessions), "open": len(self.journal.entries)}
 
 
 def _too_much(wait: float) -> dict[str, Any]:
-    text = "the connection sends more than this engine takes from one"
+    text = "the connection sends more, or reads less, than this engine takes from one"
     return Fault(code="overloaded", message=text, limit="message_rate, byte_rate", retry_after=max(0.1, wait)).to_wire()
 
 

@@ -1,5 +1,8 @@
 """Clients: who is connected, until when, what they were sent, and how much more they may be sent.
 
+Answers to what a client asks (`Accepted`, `Listing`, `Report`, `Failed`) have no credits of their own, but come in order with its chunks:
+whoever acknowledges a chunk has read all answers before it. So what a client asks for and does not read is counted, and bounded.
+
 Credits are messages, not tokens: a client may leave `window` of them unacknowledged. Beyond that nothing is sent and nothing is
 queued either, because a chunk is just the part of the journal that was not sent yet: a slow reader gets fewer, larger chunks.
 """
@@ -27,6 +30,9 @@ class Session:
     number: int = 0  # of the last Chunks message
     acknowledged: int = 0
     streams: int = 0  # stream numbers given out
+    answered: int = 0  # bytes of answers
+    read: int = 0  # of them, those that it has read for certain
+    marks: deque[tuple[int, int]] = field(default_factory=deque)  # Chunks number, bytes of answers before it
     requests: dict[str, OpenRequest] = field(default_factory=dict)
     dirty: dict[int, Entry] = field(default_factory=dict)  # handle → entry with unsent news
     finished: deque[tuple[int, OpenRequest]] = field(default_factory=deque)  # told in Chunks number, not yet acknowledged
@@ -35,6 +41,8 @@ class Session:
     def attach(self, identity: bytes, now: float) -> None:
         """A new connection of a known client: its streams are sent again when it asks to resume them."""
         self.identity, self.seen, self.number, self.acknowledged = identity, now, 0, 0
+        self.answered = self.read = 0
+        self.marks.clear()
         self.dirty.clear()
         self.finished.clear()
         for request in self.requests.values():
@@ -43,10 +51,17 @@ class Session:
     def acknowledge(self, received: int) -> None:
         """Forget what the client has for certain."""
         self.acknowledged = max(self.acknowledged, min(received, self.number))
+        while self.marks and self.marks[0][0] <= self.acknowledged:
+            self.read = self.marks.popleft()[1]
         while self.finished and self.finished[0][0] <= self.acknowledged:
             request = self.finished.popleft()[1]
             if self.requests.get(request.id) is request:
                 del self.requests[request.id]
+
+    @property
+    def unread(self) -> int:
+        """Bytes of answers that may still be waiting for it."""
+        return self.answered - self.read
 
     def mark(self, entry: Entry) -> None:
         if entry.request.attached:
@@ -87,6 +102,7 @@ class Session:
                     self.finished.append((self.number, request))
         self.dirty.clear()
         self.news.discard(self)
+        self.marks.append((self.number, self.answered))
         return Chunks(
             self.number, streams.tobytes(), counts.tobytes(), ids.tobytes(), tuple(texts), tuple(details), tuple(ends), tuple(done)
         )

@@ -55,6 +55,10 @@ class RawClient:
     def failure(self, request: str | None) -> dict[str, Any]:
         return self.wait(Failed, lambda message: message.request == request).error
 
+    def failure_of_any(self) -> tuple[str | None, dict[str, Any]]:
+        message = self.wait(Failed)
+        return message.request, message.error
+
     def done(self, request: str) -> dict[str, Any]:
         """The usage of a request, at its end."""
         chunks = self.wait(Chunks, lambda message: any(row[0] == request for row in message.done))
