@@ -232,13 +232,13 @@ class GatewayActor(Actor):
             raise WireError("malformed", "Hello.client must have 1 to 64 characters, Hello.name at most 256")
         if not self.door.fits(arrival.identity):
             raise WireError("malformed", f"with a key, a connection must set a routing id of {ROUTING_ID} or more random bytes")
-        if self.opened and hello.client in self.sessions.of(user):
-            self._welcome(arrival, user, hello, now)
-            return
-        full = len(self.sessions) + len(self.hellos) >= MOST_SESSIONS
-        if full or (user and len(self.sessions.of(user)) >= MOST_SESSIONS_OF_USER):
-            text = f"{len(self.sessions)} clients are connected" + (f", {len(self.sessions.of(user))} of {user}" if user else "")
-            fault = Fault(code="overloaded", message=text, limit="fewer clients", retry_after=self.config.lease)
+        known = hello.client in self.sessions.of(user) or (user, hello.client) in self.hellos
+        every = len(self.sessions) + len(self.hellos)
+        mine = len(self.sessions.of(user)) + sum(owner == user for owner, _ in self.hellos) if user else 0
+        if not known and (every >= MOST_SESSIONS or mine >= MOST_SESSIONS_OF_USER):
+            text = f"{every} clients are connected" + (f", {mine} of them {user}'s" if user else "")
+            limit = f"{MOST_SESSIONS} clients, {MOST_SESSIONS_OF_USER} of one user"
+            fault = Fault(code="overloaded", message=text, limit=limit, retry_after=self.config.lease)
             self.door.send(arrival.identity, Failed(None, fault.to_wire()))
         elif self.opened:
             self._welcome(arrival, user, hello, now)

@@ -164,7 +164,7 @@ class Engine:
                 raise StartError(f"the engine ended with status {status} before it was ready, and did not say why") from None
             if "error" in report:
                 raise from_wire(report["error"])
-            self.address = str(report["ready"])
+            self.address = str(report["ready"]).replace("tcp://*:", "tcp://127.0.0.1:")  # one that can be connected to
         return bool(self.address)
 
 
