@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from penstock.actors.actor import Peer, PeerKey
@@ -14,11 +14,20 @@ from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.journal import Journal, OpenRequest
 from penstock.actors.messages import Encode, Encoded, Generate
-from penstock.actors.resolve import Model, check_standing, resolve, resolved_from_wire
+from penstock.actors.resolve import Model, check_standing, own_tenant, resolve, resolved_from_wire
 from penstock.engine.params import LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
 
 AT_ONCE = 2  # jobs that a tokenizer has: one that dies takes few with it
+ENDED = 4  # times `max_open`: streams kept of all clients, most of them ended and not acknowledged yet
 MOST_TRIES = 3  # tokenizers that may die on one request
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Streams that are kept, ended ones that are not acknowledged yet included: of a client (or all clients of its user), and of all."""
+
+    mine: int = 0
+    all: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +40,7 @@ class Job:
     params: SamplingParams
     options: PromptOptions
     encode: Encode
+    tokens: int  # about as many will its prompt have
     tokenizer: tuple[int, int] | None = None  # index and incarnation of who has it
     tries: int = 0
 
@@ -39,16 +49,18 @@ class Admission:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.jobs: dict[int, Job] = {}
+        self._streams = self._tokens = 0  # of all jobs
         self.received: dict[OpenRequest, list[array[int]]] = {}  # of requests that resume here for the first time
         self._numbers = 0
         self._random = random.Random()
 
-    def admit(self, request: OpenRequest, message: Generate, model: Model, journal: Journal, held: int, now: float) -> Job | None:
-        """Judge a request of a client that has `held` streams, ended ones that it has not acknowledged included. Returns the tokenizer
-        job that it needs, or None if it is resolved at once. Raises `Refusal`."""
+    def admit(self, request: OpenRequest, message: Generate, model: Model, journal: Journal, held: Held, now: float) -> Job | None:
+        """Judge a request. Returns the tokenizer job that it needs, or None if it is resolved at once. Raises `Refusal`."""
         if not 0 < len(message.request) <= LONGEST_NAME:
             raise _bad("request", message.request, f"1 to {LONGEST_NAME} characters")
         check_standing(message.tenant, message.priority)
+        user = request.session.user
+        message = replace(message, tenant=own_tenant(message.tenant, user))
         if message.adapter is not None:
             name = message.adapter[:120]
             raise Refusal("unknown_adapter", f"no adapter {name!r} is loaded", field="adapter", value=name, limit="a loaded adapter")
@@ -64,42 +76,52 @@ class Admission:
         if message.prompt == "" or message.messages == ():
             raise _bad(given[0], "", "not empty")
         if message.resume is not None:
-            request.resolved = resolved_from_wire(message.resume, model)
-            self._limit(request.resolved.params.n, journal, held, len(request.resolved.prompt) // 4)
-            received = self.received_ids(message.resume, request.resolved.params.n, model)
-            if max(map(len, received)) > request.resolved.limit:
-                raise _bad("resume.received", max(map(len, received)), f"at most {request.resolved.limit} ids, as many as were asked for")
+            resolved = resolved_from_wire(message.resume, model)
+            request.resolved = resolved = replace(resolved, tenant=own_tenant(resolved.tenant, user))
+            request.streams = resolved.params.n
+            self._limit(request.streams, journal, held, resolved.prompt_tokens)
+            received = self.received_ids(message.resume, request.streams, model)
+            if max(map(len, received)) > resolved.limit:
+                raise _bad("resume.received", max(map(len, received)), f"at most {resolved.limit} ids, as many as were asked for")
             self.received[request] = received
             return None
         try:
             params, options = SamplingParams.from_wire(message.params), PromptOptions.from_wire(message.options)
         except InvalidParameter as error:
             raise Refusal("invalid_request", str(error), field=error.field, value=error.value, limit=error.limit) from error
-        self._limit(params.n, journal, held, len(message.ids or b"") // 4)
+        request.streams, tokens = params.n, _guess_tokens(message)
+        self._limit(request.streams, journal, held, tokens)
         words = tuple(word for word in params.bad_words if isinstance(word, str))
         if message.ids is not None and len(message.ids) % 4:
             raise _bad("ids", f"{len(message.ids)} bytes", "little-endian 32-bit integers")
         self._numbers += 1
         encode = Encode(self._numbers, message.prompt, message.messages, options.to_wire(), words)
-        job = Job(self._numbers, request, message, params, options, encode)
+        job = Job(self._numbers, request, message, params, options, encode, params.n * tokens)
         if message.ids is not None and not words:
             self.resolve(job, Encoded(job.number, b"", (), None), model, journal)
             return None
         self.jobs[job.number] = job
+        self._streams, self._tokens = self._streams + params.n, self._tokens + job.tokens
         return job
 
-    def _limit(self, streams: int, journal: Journal, held: int, tokens: int) -> None:
+    def _limit(self, streams: int, journal: Journal, held: Held, tokens: int) -> None:
         most = self.config.max_open
-        waiting = len(journal.entries) + sum(job.params.n for job in self.jobs.values())
-        if waiting + streams > most or held + streams > most:
-            raise Refusal("overloaded", f"{max(waiting, held)} streams are open", limit=f"{most} streams", retry_after=1.0)
+        waiting = len(journal.entries) + self._streams
+        for open_now, limit, whose in (
+            (held.mine, min(most, self.config.max_open_per_client), " of this client"),
+            (waiting, most, ""),
+            (held.all, ENDED * most, ", or have ended and are not acknowledged"),
+        ):
+            if open_now + streams > limit:
+                raise Refusal("overloaded", f"{open_now} streams{whose} are open", limit=f"{limit} streams", retry_after=1.0)
         self._limit_tokens(streams * tokens, journal)
 
     def _limit_tokens(self, tokens: int, journal: Journal) -> None:
+        """Prompts that wait to be tokenized count, too: their text takes memory."""
         most = self.config.max_queued_tokens
-        if journal.prompt_tokens and journal.prompt_tokens + tokens > most:
-            text = f"open requests have {journal.prompt_tokens} prompt tokens"
-            raise Refusal("overloaded", text, limit=f"{most} tokens", retry_after=1.0)
+        queued = journal.prompt_tokens + self._tokens
+        if queued and queued + tokens > most:
+            raise Refusal("overloaded", f"open requests have {queued} prompt tokens", limit=f"{most} tokens", retry_after=1.0)
 
     def received_ids(self, resume: Mapping[str, Any], streams: int, model: Model | None = None) -> list[array[int]]:
         """What a client that resumes says it has of each stream. Raises `Refusal`."""
@@ -145,7 +167,8 @@ class Admission:
             if job.tokenizer is not None and job.tokenizer not in alive:
                 job.tokenizer = None
                 if job.tries >= MOST_TRIES:
-                    given_up.append(self.jobs.pop(job.number))
+                    self.done(job.number)
+                    given_up.append(job)
         return given_up
 
     def late(self, now: float) -> list[OpenRequest]:
@@ -153,13 +176,17 @@ class Admission:
         times = [(job.request, job.request.deadline, job.request.queue_timeout) for job in self.jobs.values()]
         return [request for request, *ends in times if any(end is not None and end <= now for end in ends)]
 
-    def done(self, message: Encoded) -> Job | None:
-        return self.jobs.pop(message.job, None)
+    def done(self, number: int) -> Job | None:
+        """A job is over; None if it was before."""
+        job = self.jobs.pop(number, None)
+        if job is not None:
+            self._streams, self._tokens = self._streams - job.params.n, self._tokens - job.tokens
+        return job
 
     def forget(self, request: OpenRequest) -> None:
         self.received.pop(request, None)
         for number in [number for number, job in self.jobs.items() if job.request is request]:
-            del self.jobs[number]
+            self.done(number)
 
     def resolve(self, job: Job, encoded: Encoded, model: Model, journal: Journal) -> None:
         """The tokenizer's answer makes the value whole. Raises `Refusal`."""
@@ -181,6 +208,13 @@ class Admission:
         )
         self._limit_tokens(resolved.params.n * resolved.prompt_tokens, journal)
         job.request.resolved = resolved
+
+
+def _guess_tokens(message: Generate) -> int:
+    """About how many tokens a prompt has, before it is tokenized: four characters each."""
+    if message.ids is not None:
+        return len(message.ids) // 4
+    return len(message.prompt if message.prompt is not None else repr(message.messages)) // 4
 
 
 def _bad(name: str, value: object, limit: str) -> Refusal:

@@ -34,11 +34,19 @@ class EngineConfig:
     tokenizers: int = _setting(1, "tokenizer processes")
     detokenizers: int = _setting(1, "detokenizer processes")
     placement: str = _setting("processes", "`processes`, or `threads`: every actor in this process, for debugging")
-    address: str | None = _setting(None, "where clients connect: ipc:// or tcp://127.0.0.1:PORT; none: a private ipc path")
+    isolate_prefixes: bool = _setting(False, "requests of different tenants share no cached prefixes")
+    address: str | None = _setting(
+        None, "where clients connect: ipc://PATH or tcp://127.0.0.1:PORT, with keys any tcp://HOST:PORT; none: a private ipc path"
+    )
+    secret_key: str | None = _setting(None, "file of the server's secret key: `penstock keys new server`; clients then need keys, too")
+    client_keys: str | None = _setting(None, "folder of the clients' public keys, NAME.key each; read again whenever it changes")
     directory: str | None = _setting(None, "folder of the engine's own sockets (mode 0700); none: a new one")
     max_open: int = _setting(4096, "most open requests; more are refused with Overloaded")
+    max_open_per_client: int = _setting(2048, "most open requests of one client or, with keys, of one user")
     max_queued_tokens: int = _setting(8_000_000, "most prompt tokens of open requests")
     max_message: int = _setting(16 * 2**20, "largest message from a client, bytes")
+    message_rate: float = _setting(5000.0, "messages a second of one connection; more are refused with Overloaded, far more dropped")
+    byte_rate: float = _setting(64.0 * 2**20, "bytes a second of one connection, likewise")
     lease: float = _setting(10.0, "a client silent for this long is gone")
     window: int = _setting(64, "chunk messages that a client may leave unacknowledged")
     drain_timeout: float = _setting(30.0, "longest wait for open requests when stopping")
@@ -66,7 +74,8 @@ class EngineConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise _bad(name, getattr(self, name), "one of " + ", ".join(map(str, allowed)))
-        for name in ("max_running", "tokenizers", "detokenizers", "max_open", "max_queued_tokens", "max_message", "window"):
+        counts = ("max_running", "tokenizers", "detokenizers", "max_open", "max_open_per_client", "max_queued_tokens", "max_message")
+        for name in (*counts, "window"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise _bad(name, getattr(self, name), "an integer above 0")
         for name in ("max_model_len", "blocks", "token_budget", "threads"):
@@ -76,13 +85,25 @@ class EngineConfig:
             raise _bad("memory", self.memory, "a number above 0, or nothing")
         if not isinstance(self.record_ring, int) or self.record_ring < 0:
             raise _bad("record_ring", self.record_ring, "an integer of 0 or more")
-        for name in ("lease", "drain_timeout", "stall_timeout"):
+        for name in ("lease", "drain_timeout", "stall_timeout", "message_rate", "byte_rate"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise _bad(name, getattr(self, name), "a number above 0")
-        if self.address is not None and self.address.startswith("tcp://") and not self.address.rpartition(":")[2].isdecimal():
-            raise _bad("address", self.address, "tcp://127.0.0.1:PORT with a port of 1 to 65535")
-        if self.address is not None and not self.address.startswith(("ipc://", "tcp://127.0.0.1:", "tcp://localhost:", "inproc://")):
-            raise _bad("address", self.address, "ipc://PATH or tcp://127.0.0.1:PORT (any other address needs keys)")
+        if (self.secret_key is None) != (self.client_keys is None):
+            name = "secret_key" if self.secret_key is None else "client_keys"
+            raise _bad(name, None, "given together with " + ("client_keys" if self.secret_key is None else "secret_key"))
+        if self.address is not None:
+            self._check_address(self.address)
+
+    def _check_address(self, address: str) -> None:
+        scheme, _, place = address.partition("://")
+        host, _, port = place.rpartition(":")
+        if scheme == "tcp" and not (port.isdecimal() and int(port) < 65536):
+            raise _bad("address", address, "tcp://HOST:PORT with a port of 1 to 65535")
+        if self.secret_key is not None:
+            if scheme not in ("ipc", "tcp"):  # over inproc there is no handshake
+                raise _bad("address", address, "ipc://PATH or tcp://HOST:PORT, where keys can be demanded")
+        elif scheme not in ("ipc", "inproc") and (scheme, host) not in (("tcp", "127.0.0.1"), ("tcp", "localhost"), ("tcp", "[::1]")):
+            raise _bad("address", address, "ipc://PATH or tcp://127.0.0.1:PORT (any other address needs secret_key and client_keys)")
 
     def to_wire(self) -> dict[str, Any]:
         return {spec.name: getattr(self, spec.name) for spec in fields(self)}

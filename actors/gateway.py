@@ -7,16 +7,19 @@ counts only if its attempt is current and its offset equals the journal's length
 
 from __future__ import annotations
 
+import secrets
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
 from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
-from penstock.actors.admission import Admission
+from penstock.actors.admission import Admission, Held
 from penstock.actors.columns import int64, sampler_to_wire
 from penstock.actors.door import BATCH as DOOR_BATCH
-from penstock.actors.door import Door
+from penstock.actors.door import ROUTING_ID, Arrival, Door
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.journal import Entry, Journal, OpenRequest
 from penstock.actors.messages import (
@@ -42,6 +45,7 @@ from penstock.actors.messages import (
     Vitals,
     Welcome,
 )
+from penstock.actors.meter import Meter
 from penstock.actors.resolve import Model, Resolved
 from penstock.actors.sessions import Session, Sessions
 from penstock.actors.status import list_requests, status_report
@@ -50,6 +54,10 @@ from penstock.actors.wire import WireError
 
 LOOK_EVERY_S = 0.1  # at leases and deadlines
 MOST_SESSIONS = 16_384
+MOST_SESSIONS_OF_USER = 1024
+UNREAD = 4  # times the largest message: answers that a client may leave unread, in bytes
+TELL_EVERY_S = 10.0  # of connections that were refused: strangers must not fill the disk
+STRANGERS = (10.0, 2.0**20)  # messages and bytes a second of a connection that was not welcomed
 JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
 
 
@@ -57,17 +65,23 @@ class GatewayActor(Actor):
     kind = "gateway"
 
     def start(self) -> dict[str, Any]:
-        self.door = Door(self.context, self.config.address or "", self.config.max_message)
-        self.mail.watch(self.door.socket)
+        self.door = Door(self.context, self.config)
+        for socket in self.door.sockets:
+            self.mail.watch(socket)
         self.sessions = Sessions()
+        self.meter = Meter(self.config.message_rate, self.config.byte_rate, 2 * MOST_SESSIONS)
+        self.strangers = Meter(*STRANGERS, MOST_SESSIONS)
         self.journal = Journal(self.post.incarnation)
         self.suspects: Suspects[Entry] = Suspects()
         self.admission = Admission(self.config)
         self.model: Model | None = None
         self.scheduler = 0  # incarnation that said Begin
-        self.hellos: dict[bytes, Hello] = {}  # clients that came before the engine was ready
+        self.hellos: dict[tuple[str, str], tuple[Arrival, Hello]] = {}  # clients that came before the engine was ready
         self.draining = False
         self.looked = 0.0  # when leases were judged last
+        self.refused, self.told_refused = 0, 0.0  # connections, as the log has it, and since when
+        self.kept = 0  # streams of all clients, ended ones that they have not acknowledged included, as of then
+        self.salt_key = secrets.token_bytes(32)  # what it is changes no token: it only has to be the same for all requests
         self.opened = False
         self.vitals: tuple[Any, ...] = ()
         self.totals = {"requests": 0, "finished": 0, "failed": 0, "generated_tokens": 0, "prompt_tokens": 0, "chunks": 0, "hand_overs": 0}
@@ -76,7 +90,8 @@ class GatewayActor(Actor):
         }  # fmt: skip
         self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
             Generate: self._generate, Cancel: self._cancel, Renew: lambda session, message: session.acknowledge(message.received),
-            List: self._list, Goodbye: lambda session, _: self._leave(session),
+            List: self._list, Status: lambda session, message: self._answer(session, self._report(message)),
+            Goodbye: lambda session, _: self._leave(session),
         }  # fmt: skip
         return {}
 
@@ -124,17 +139,23 @@ class GatewayActor(Actor):
         self.opened = True
         self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"open": True}))
         now = time.monotonic()
-        for identity, hello in self.hellos.items():
-            self._welcome(identity, hello, now)
+        for (user, _), (arrival, hello) in self.hellos.items():
+            if self.door.users.get(arrival.key) == user:
+                self._welcome(arrival, user, hello, now)
         self.hellos.clear()
 
     # ── the door ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def after(self) -> None:
         now, taken = time.monotonic(), 0
-        for identity, frame in self.door.receive():
+        if self.door.look(now):
+            self._revoke()
+        if self.door.refused > self.refused and now - self.told_refused >= TELL_EVERY_S:
+            self.refused, self.told_refused = self.door.refused, now
+            self.log.warning("connections without a known key were refused", so_far=self.refused)
+        for arrival in self.door.receive():
             taken += 1
-            self._call(identity, frame, now)
+            self._call(arrival, now)
         self.progress += taken
         self._send_encodes()
         self._send_chunks()
@@ -145,6 +166,15 @@ class GatewayActor(Actor):
             untold = any(request.told is None for session in self.sessions for request in session.requests.values())
             if self.draining and not untold:
                 self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
+
+    def _revoke(self) -> None:
+        """The keys changed. Who is not named any more loses at once what is open: it hears nothing, not even why."""
+        self.log.info("keys read", users=len(self.door.users), unreadable=self.door.unreadable)
+        for session in self.sessions:
+            if self.door.users.get(session.key) != session.user:
+                self.log.info("key revoked", user=session.user, client=session.client, requests=len(session.requests))
+                self.totals["failed"] += sum(request.told is None for request in session.requests.values())
+                self._leave(session)
 
     def _expire(self, now: float) -> None:
         """End what nobody waits for any more: clients that were silent for a lease, requests whose client came back without asking for
@@ -160,6 +190,7 @@ class GatewayActor(Actor):
                 continue
             for request in [one for one in session.requests.values() if one.left is not None and now - one.left > lease]:
                 self._drop(request)
+        self.kept = sum(request.streams for session in self.sessions for request in session.requests.values())
         for request in self.admission.late(now):
             self._fail(request, Fault(code="overloaded", message="its time was over before its prompt was tokenized", actor="tokenizer"))
 
@@ -173,41 +204,72 @@ class GatewayActor(Actor):
     def wake_in(self) -> float:
         return min(HEARTBEAT_S, self.config.lease / 2, LOOK_EVERY_S if self.draining else HEARTBEAT_S)
 
-    def _call(self, identity: bytes, frame: bytes | WireError, now: float) -> None:
+    def _call(self, arrival: Arrival, now: float) -> None:
+        identity, user = arrival.identity, self.door.users.get(arrival.key)
         session = self.sessions.find(identity)
+        if user is None or (session is not None and session.user != user):
+            return  # its key was revoked, or it took the place of another's connection
+        meter = self.strangers if session is None else self.meter
+        verdict = meter.judge(identity, arrival.size, now)
         if session is not None:
             session.seen = now
+        if verdict == "far too much":
+            if meter.warn(identity):
+                self.door.send(identity, Failed(None, _too_much(meter.turn(identity))))
+            return
         try:
-            message = self.door.decode(frame)
+            message = self.door.decode(arrival.frame)
             if isinstance(message, Hello):
-                self._hello(identity, message, now)
-            elif isinstance(message, Status):
-                self._status(identity, message)  # for anyone, also while the engine is starting
+                self._hello(arrival, user, message, now)
+            elif session is None and isinstance(message, Status):  # for anyone, also while the engine is starting
+                self.door.send(identity, self._report(message))
             elif session is None:
                 self.door.send(identity, Goodbye())
-            else:
+            elif isinstance(message, Generate) and (not self._reads(session, now) or verdict == "too much"):
+                self.totals["failed"] += 1
+                self._answer(session, Failed(message.request, _too_much(meter.turn(identity))))
+            elif not isinstance(message, List | Status) or self._reads(session, now):
                 self.calls[type(message)](session, message)
         except WireError as error:
             self.door.send(identity, Failed(None, Fault(code=error.code, message=str(error)).to_wire()))
 
-    def _hello(self, identity: bytes, hello: Hello, now: float) -> None:
+    def _answer(self, session: Session, message: Any) -> None:
+        session.answered += self.door.send(session.identity, message)
+
+    def _reads(self, session: Session, now: float) -> bool:
+        """Whether a client reads its answers. If many wait and no chunks are on their way, as many empty ones follow as it must
+        acknowledge at once; who does not is told nothing more."""
+        most = UNREAD * self.config.max_message
+        if session.unread > most // 2 and session.number == session.acknowledged:
+            for _ in range(max(1, self.config.window // 4)):
+                self.door.send(session.identity, session.chunks(now))
+        return session.unread <= most
+
+    def _hello(self, arrival: Arrival, user: str, hello: Hello, now: float) -> None:
         if not 0 < len(hello.client) <= 64 or len(hello.name) > 256:
             raise WireError("malformed", "Hello.client must have 1 to 64 characters, Hello.name at most 256")
-        if self.opened:
-            if len(self.sessions) >= MOST_SESSIONS and not self.sessions.knows(hello.client):
-                fault = Fault(code="overloaded", message=f"{MOST_SESSIONS} clients are connected", retry_after=self.config.lease)
-                self.door.send(identity, Failed(None, fault.to_wire()))
-                return
-            self._welcome(identity, hello, now)
-        elif len(self.hellos) < MOST_SESSIONS:
-            self.hellos[identity] = hello
+        if not self.door.fits(arrival.identity):
+            raise WireError("malformed", f"with a key, a connection must set a routing id of {ROUTING_ID} or more random bytes")
+        known = hello.client in self.sessions.of(user) or (user, hello.client) in self.hellos
+        every = len(self.sessions) + len(self.hellos)
+        mine = len(self.sessions.of(user)) + sum(owner == user for owner, _ in self.hellos) if user else 0
+        if not known and (every >= MOST_SESSIONS or mine >= MOST_SESSIONS_OF_USER):
+            text = f"{every} clients are connected" + (f", {mine} of them {user}'s" if user else "")
+            limit = f"{MOST_SESSIONS} clients, {MOST_SESSIONS_OF_USER} of one user"
+            fault = Fault(code="overloaded", message=text, limit=limit, retry_after=self.config.lease)
+            self.door.send(arrival.identity, Failed(None, fault.to_wire()))
+        elif self.opened:
+            self._welcome(arrival, user, hello, now)
+        else:
+            self.hellos[user, hello.client] = replace(arrival, frame=b""), hello
 
-    def _welcome(self, identity: bytes, hello: Hello, now: float) -> None:
+    def _welcome(self, arrival: Arrival, user: str, hello: Hello, now: float) -> None:
+        identity = arrival.identity
         before = self.sessions.find(identity)
         if before is not None and before.client != hello.client:
             self._leave(before)  # one client a connection
-        self.sessions.meet(hello.client, hello.name, identity, now)
-        limits = {"message": self.config.max_message, "open": self.config.max_open}
+        self.sessions.meet(hello.client, hello.name, identity, now, user, arrival.key)
+        limits = {"message": self.config.max_message, "open": min(self.config.max_open, self.config.max_open_per_client)}
         model = self.model
         facts = {"name": model.name, "digest": model.digest, "tokenizer": model.tokenizer, "vocab_size": model.vocab_size,
                  "max_model_len": model.max_model_len, "eos": model.eos} if model is not None else {}  # fmt: skip
@@ -237,14 +299,15 @@ class GatewayActor(Actor):
                 code = "draining" if self.draining else "unavailable"
                 raise Refusal(code, "the engine takes no new requests now", retry_after=1.0)
             request = OpenRequest(message.request, session, now)
-            held = sum(len(other.entries) for other in session.requests.values())
+            held = Held(self.sessions.held(session), self.kept)
             job = self.admission.admit(request, message, self.model, self.journal, held, now)
         except Refusal as refusal:
             self.totals["failed"] += 1
-            self.door.send(session.identity, Failed(message.request, refusal.fault.to_wire()))
+            self._answer(session, Failed(message.request, refusal.fault.to_wire()))
             return
         self.totals["requests"] += 1
         session.requests[request.id] = request
+        self.kept += request.streams
         if job is None:
             self._accept(request)
 
@@ -253,7 +316,7 @@ class GatewayActor(Actor):
             self.mail.send(("tokenizer", index), encode)
 
     def _encoded(self, message: Encoded) -> None:
-        job = self.admission.done(message)
+        job = self.admission.done(message.job)
         if job is None or job.request.session.requests.get(job.request.id) is not job.request or self.model is None:
             return  # cancelled meanwhile
         try:
@@ -289,7 +352,7 @@ class GatewayActor(Actor):
             session.streams += 1
             entry.stream = session.streams
         resolved = request.resolved.to_wire() if request.resolved is not None else {}
-        self.door.send(session.identity, Accepted(request.id, tuple(entry.stream for entry in request.entries), resolved))
+        self._answer(session, Accepted(request.id, tuple(entry.stream for entry in request.entries), resolved))
 
     def _reattach(self, session: Session, request: OpenRequest, resume: dict[str, Any]) -> None:
         """A client is back on a new connection: go on where it says it is."""
@@ -323,10 +386,17 @@ class GatewayActor(Actor):
             SCHEDULER,
             Submit(
                 entry.handle, entry.attempt, resolved.prompt, entry.ids.tobytes(), resolved.limit,
-                sampler_to_wire(resolved.sampler(entry.child, self.model.eos)), decode, resolved.priority, resolved.tenant, b"",
+                sampler_to_wire(resolved.sampler(entry.child, self.model.eos)), decode, resolved.priority, resolved.tenant,
+                self._salt(resolved.tenant),
                 entry.request.deadline, entry.request.queue_timeout if not entry.ids else None,
             ),
         )  # fmt: skip
+
+    def _salt(self, tenant: str) -> bytes:
+        """Requests of equal salts share cached prefixes."""
+        if not self.config.isolate_prefixes:
+            return b""
+        return blake2b(tenant.encode(errors="surrogatepass"), key=self.salt_key, digest_size=16, person=b"penstock-salt").digest()
 
     def _cancel(self, session: Session, message: Cancel) -> None:
         for name in message.requests:
@@ -378,7 +448,7 @@ class GatewayActor(Actor):
         self.totals["failed"] += 1
         self._drop(request)
         if request.attached:
-            self.door.send(session.identity, Failed(request.id, fault.to_wire()))
+            self._answer(session, Failed(request.id, fault.to_wire()))
 
     def _drop(self, request: OpenRequest) -> None:
         """Forget a request, whatever it is doing."""
@@ -408,16 +478,20 @@ class GatewayActor(Actor):
         self.vitals = message.actors
 
     def _list(self, session: Session, message: List) -> None:
-        self.door.send(session.identity, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
+        self._answer(session, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
 
-    def _status(self, identity: bytes, message: Status) -> None:
+    def _report(self, message: Status) -> Report:
         state = "draining" if self.draining else "ready" if self.opened else "starting"
         counts = {"open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs), **self.totals}
-        report = status_report(state, self.model, counts, len(self.sessions), self.vitals)
-        self.door.send(identity, Report(message.query, report))
+        return Report(message.query, status_report(state, self.model, counts, len(self.sessions), self.vitals))
 
     def load(self) -> dict[str, Any]:
         return {"clients": len(self.sessions), "open": len(self.journal.entries)}
+
+
+def _too_much(wait: float) -> dict[str, Any]:
+    text = "the connection sends more, or reads less, than this engine takes from one"
+    return Fault(code="overloaded", message=text, limit="message_rate, byte_rate", retry_after=max(0.1, wait)).to_wire()
 
 
 def _complete(entry: Entry, resolved: Resolved, model: Model) -> str | None:

@@ -60,6 +60,7 @@ class OpenRequest:
     id: str
     session: Session
     arrived: float
+    streams: int = 1  # its samples
     attached: bool = True  # to the session's present connection
     left: float | None = None  # when it lost its connection, until its client asks for it again
     resolved: Resolved | None = None

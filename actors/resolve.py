@@ -178,6 +178,14 @@ def check_standing(tenant: object, priority: object) -> tuple[str, int]:
     return tenant, priority
 
 
+def own_tenant(tenant: str, user: str) -> str:
+    """Whom a request of `user` is counted for: where keys say who it is, itself and nobody else. Raises `Refusal`."""
+    if user and tenant not in ("", user):
+        text = f"tenant={tenant[:120]!r}: requests with this key are counted for {user!r}"
+        raise Refusal("invalid_request", text, field="tenant", value=tenant[:120], limit=user)
+    return user or tenant
+
+
 def _words(words: object) -> BadWords:
     """Resolved bad words: there are more of them than a request may give, since a text has several variants."""
     limit = f"a list of at most {MOST_WORDS} words of 1 to {LONGEST_WORD} token ids"

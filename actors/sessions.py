@@ -1,5 +1,8 @@
 """Clients: who is connected, until when, what they were sent, and how much more they may be sent.
 
+Answers to what a client asks (`Accepted`, `Listing`, `Report`, `Failed`) have no credits of their own, but come in order with its chunks:
+whoever acknowledges a chunk has read all answers before it. So what a client asks for and does not read is counted, and bounded.
+
 Credits are messages, not tokens: a client may leave `window` of them unacknowledged. Beyond that nothing is sent and nothing is
 queued either, because a chunk is just the part of the journal that was not sent yet: a slow reader gets fewer, larger chunks.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +25,14 @@ class Session:
     name: str
     identity: bytes  # of its connection
     seen: float
+    user: str = ""  # whose it is, where keys are demanded
+    key: str = ""  # that its connection was made with
     number: int = 0  # of the last Chunks message
     acknowledged: int = 0
     streams: int = 0  # stream numbers given out
+    answered: int = 0  # bytes of answers
+    read: int = 0  # of them, those that it has read for certain
+    marks: deque[tuple[int, int]] = field(default_factory=deque)  # Chunks number, bytes of answers before it
     requests: dict[str, OpenRequest] = field(default_factory=dict)
     dirty: dict[int, Entry] = field(default_factory=dict)  # handle → entry with unsent news
     finished: deque[tuple[int, OpenRequest]] = field(default_factory=deque)  # told in Chunks number, not yet acknowledged
@@ -33,6 +41,8 @@ class Session:
     def attach(self, identity: bytes, now: float) -> None:
         """A new connection of a known client: its streams are sent again when it asks to resume them."""
         self.identity, self.seen, self.number, self.acknowledged = identity, now, 0, 0
+        self.answered = self.read = 0
+        self.marks.clear()
         self.dirty.clear()
         self.finished.clear()
         for request in self.requests.values():
@@ -41,10 +51,17 @@ class Session:
     def acknowledge(self, received: int) -> None:
         """Forget what the client has for certain."""
         self.acknowledged = max(self.acknowledged, min(received, self.number))
+        while self.marks and self.marks[0][0] <= self.acknowledged:
+            self.read = self.marks.popleft()[1]
         while self.finished and self.finished[0][0] <= self.acknowledged:
             request = self.finished.popleft()[1]
             if self.requests.get(request.id) is request:
                 del self.requests[request.id]
+
+    @property
+    def unread(self) -> int:
+        """Bytes of answers that may still be waiting for it."""
+        return self.answered - self.read
 
     def mark(self, entry: Entry) -> None:
         if entry.request.attached:
@@ -85,48 +102,59 @@ class Session:
                     self.finished.append((self.number, request))
         self.dirty.clear()
         self.news.discard(self)
+        self.marks.append((self.number, self.answered))
         return Chunks(
             self.number, streams.tobytes(), counts.tobytes(), ids.tobytes(), tuple(texts), tuple(details), tuple(ends), tuple(done)
         )
 
 
 class Sessions:
-    """Clients by the identity of their connection, and by their own id."""
+    """Clients by the identity of their connection, and by whose they are and their own id: two users' clients of one id are two."""
 
     def __init__(self) -> None:
         self._by_identity: dict[bytes, Session] = {}
-        self._by_client: dict[str, Session] = {}
+        self._by_user: dict[str, dict[str, Session]] = {}
         self._news: set[Session] = set()
 
     def __iter__(self) -> Iterator[Session]:
-        return iter(list(self._by_client.values()))
+        return iter([session for clients in self._by_user.values() for session in clients.values()])
 
     def with_news(self) -> list[Session]:
         """Those with something to send."""
         return list(self._news)
 
-    def knows(self, client: str) -> bool:
-        return client in self._by_client
+    def of(self, user: str) -> Mapping[str, Session]:
+        return self._by_user.get(user, {})
+
+    def held(self, session: Session) -> int:
+        """Streams of a client, ended ones that it has not acknowledged included; those of all the user's clients, if it has a user."""
+        sessions = self.of(session.user).values() if session.user else (session,)
+        return sum(request.streams for one in sessions for request in one.requests.values())
 
     def __len__(self) -> int:
-        return len(self._by_client)
+        return sum(map(len, self._by_user.values()))
 
     def find(self, identity: bytes) -> Session | None:
         return self._by_identity.get(identity)
 
-    def meet(self, client: str, name: str, identity: bytes, now: float) -> Session:
+    def meet(self, client: str, name: str, identity: bytes, now: float, user: str = "", key: str = "") -> Session:
         """The session of a client that said Hello: a new one, or its own, moved to this connection."""
-        session = self._by_client.get(client)
+        clients = self._by_user.setdefault(user, {})
+        session = clients.get(client)
         if session is None:
-            session = self._by_client[client] = Session(client, name, identity, now, news=self._news)
+            session = clients[client] = Session(client, name, identity, now, user, key, news=self._news)
         else:
             self._by_identity.pop(session.identity, None)
             session.attach(identity, now)
+            session.key = key
         self._by_identity[identity] = session
         return session
 
     def forget(self, session: Session) -> None:
-        self._by_client.pop(session.client, None)
+        clients = self._by_user.get(session.user, {})
+        clients.pop(session.client, None)
+        if not clients:
+            self._by_user.pop(session.user, None)
         self._news.discard(session)
         if self._by_identity.get(session.identity) is session:
             del self._by_identity[session.identity]

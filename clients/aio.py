@@ -31,7 +31,7 @@ class AsyncClient:
 
     Opening waits up to `connect_timeout` seconds for an engine that is ready. When the connection breaks it is made again, and every
     open request carries on from what was received; requests fail with `ConnectionLost` once no engine has answered for `patience` seconds.
-    `tenant` is whom the requests are counted for, `name` appears in the engine's status, `keys` are for an engine on another machine.
+    `tenant` is whom the requests are counted for, `name` appears in the engine's status, `keys` are for an engine that asks for them.
 
     A client belongs to the event loop in which it was opened. The lease is renewed by that loop: code that blocks it for longer than the
     engine's lease (10 seconds unless configured) makes its requests end there; they resume by themselves when the loop runs again. In

@@ -25,6 +25,7 @@ from penstock.clients.errors import (
     Overloaded,
     PenstockError,
     ProtocolError,
+    Unauthorized,
     Unavailable,
     VersionMismatch,
     from_wire,
@@ -72,6 +73,10 @@ class Connection:
         self.ready = False
         self._begin(now)
         self._say(wire.Hello(self.client, self.name), now)
+
+    def refuse(self, now: float) -> News:
+        """The engine does not know this client's key, or not any more. Returns whom to wake."""
+        return self._break(Unauthorized("the engine does not take this client's key"), now)
 
     def lost(self, now: float) -> None:
         """The link broke, or the engine does not know it: ask the driver for another. The first is made at once, later ones less often."""

@@ -18,6 +18,7 @@
     ├── EngineFault              the engine failed on this request; `actor` names the part
     ├── ProtocolError            the peer sent what is no message, or took ours for none
     │   └── VersionMismatch      the peer speaks another version of the protocol
+    ├── Unauthorized             the engine does not know this client's key (any more)
     ├── StartError               an engine could not start
     │   └── ModelError           because the model's files are missing, broken or not supported
     ├── ClientClosed             the client was closed while it was used, or is used outside its event loop
@@ -177,6 +178,12 @@ class VersionMismatch(ProtocolError):
     """The peer speaks another version of the protocol."""
 
     default_code = "version"
+
+
+class Unauthorized(PenstockError):
+    """The engine does not know this client's key, or not any more: whoever runs it has to let the key in."""
+
+    default_code = "unauthorized"
 
 
 class StartError(PenstockError):

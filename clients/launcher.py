@@ -21,6 +21,7 @@ from penstock.clients.errors import StartError, from_wire
 
 if TYPE_CHECKING:
     from penstock.clients.aio import AsyncClient
+    from penstock.clients.link import Keys
     from penstock.clients.sync import Client
 
 _STOP_S = 15.0  # before an engine that was told to stop is killed
@@ -28,29 +29,32 @@ _LONGEST_REPORT = 1 << 20
 
 
 @contextmanager
-def launch(model: str = "tiny", *, start_timeout: float | None = None, **config: Any) -> Iterator[Client]:
+def launch(model: str = "tiny", *, start_timeout: float | None = None, keys: Keys | None = None, **config: Any) -> Iterator[Client]:
     """`with launch(model="tiny") as client: …` starts an engine, connects to it, and ends it afterwards with all its processes.
 
-    `config` are the fields of `EngineConfig`. Whatever becomes of this process, the engine ends with it: it holds the other end of a pipe.
-    Raises what kept the engine from starting: `InvalidRequest` for a setting, `ModelError` for the model, `StartError` for all else, also
-    if it is not ready within `start_timeout` seconds (none: as long as it takes)."""
+    `config` are the fields of `EngineConfig`; `keys` are the client's, if those make the engine ask for them. Whatever becomes of this
+    process, the engine ends with it: it holds the other end of a pipe. Raises what kept the engine from starting: `InvalidRequest` for a
+    setting, `ModelError` for the model, `StartError` for all else, also if it is not ready within `start_timeout` seconds (none: as long
+    as it takes)."""
     from penstock.clients.sync import Client
 
     with Engine(model, **config) as engine:
         engine.wait(start_timeout)
-        with Client(engine.address, name="launch") as client:
+        with Client(engine.address, name="launch", keys=keys) as client:
             yield client
 
 
 @asynccontextmanager
-async def alaunch(model: str = "tiny", *, start_timeout: float | None = None, **config: Any) -> AsyncIterator[AsyncClient]:
+async def alaunch(
+    model: str = "tiny", *, start_timeout: float | None = None, keys: Keys | None = None, **config: Any
+) -> AsyncIterator[AsyncClient]:
     """`async with alaunch(model="tiny") as client: …`: like `launch`, for asyncio."""
     from penstock.clients.aio import AsyncClient
 
     engine = Engine(model, **config)
     try:
         await engine.wait_async(start_timeout)
-        async with AsyncClient(engine.address, name="launch") as client:
+        async with AsyncClient(engine.address, name="launch", keys=keys) as client:
             yield client
     finally:
         await asyncio.to_thread(engine.stop)
@@ -165,7 +169,7 @@ class Engine:
                 raise StartError(f"the engine ended with status {status} before it was ready, and did not say why") from None
             if "error" in report:
                 raise from_wire(report["error"])
-            self.address = str(report["ready"])
+            self.address = str(report["ready"]).replace("tcp://*:", "tcp://127.0.0.1:")  # one that can be connected to
         return bool(self.address)
 
 

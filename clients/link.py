@@ -6,25 +6,47 @@ arrived is taken without waiting, which is several times cheaper than a future f
 
 from __future__ import annotations
 
+import secrets
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Self
 
 import zmq
 
-from penstock.clients.errors import InvalidRequest
+from penstock.actors.errors import Refusal
+from penstock.actors.keys import is_key, read_pair, read_public
+from penstock.clients.errors import InvalidRequest, from_wire
 
 _FAREWELL = 0.1  # seconds that closing waits for the last frames to leave
+_ROUTING_ID = 16  # bytes
 _MONITORED = zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.HANDSHAKE_FAILED_AUTH | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """CURVE keys (Z85 text) for an engine that is not on this machine: the server's public one, and this client's pair."""
+    """CURVE keys (Z85 text) for an engine that asks for them: the server's public one, and this client's pair. `Keys.load` reads them
+    from files. Raises `InvalidRequest` for text that is no key."""
 
     server: str
     public: str
-    secret: str
+    secret: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            if not is_key(getattr(self, spec.name)):
+                raise InvalidRequest(f"{spec.name}: must be a key, 40 characters of Z85", field=spec.name, limit="40 characters of Z85")
+
+    @classmethod
+    def load(cls, key: str | Path, server_key: str | Path) -> Self:
+        """From the file of this client's secret key (`penstock keys new client`), and the server's public key: its file, or the key
+        itself. Raises `InvalidRequest` for a file that cannot be read, or that others can."""
+        try:
+            pair = read_pair(Path(key))
+            return cls(str(server_key) if is_key(str(server_key)) else read_public(Path(server_key)), pair.public, pair.secret)
+        except Refusal as refusal:
+            raise from_wire(refusal.fault.to_wire()) from None
 
 
 class Link:
@@ -32,7 +54,7 @@ class Link:
     a link is made. Raises `zmq.ZMQError` for an address that cannot be."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: Keys | None = None) -> None:
-        self.connected = False
+        self.connected = self.refused = False
         self._socket = context.socket(zmq.DEALER)
         # Credits bound what comes in, the caller what goes out: a high-water mark would block or drop instead.
         options = {
@@ -41,6 +63,8 @@ class Link:
         }  # fmt: skip
         for option, value in options.items():
             self._socket.setsockopt(option, value)
+        # One that cannot be guessed: under the id of a broken connection, somebody else could be sent what was meant for it.
+        self._socket.setsockopt(zmq.ROUTING_ID, secrets.token_bytes(_ROUTING_ID))
         if keys is not None:
             self._socket.curve_serverkey, self._socket.curve_publickey = keys.server.encode(), keys.public.encode()
             self._socket.curve_secretkey = keys.secret.encode()
@@ -74,7 +98,7 @@ class Link:
         return any(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN for socket in self.sockets)
 
     def broken(self) -> bool:
-        """Whether the peer went away since this was last asked. Also notes that it came."""
+        """Whether the peer went away since this was last asked. Also notes that it came, or refused this client's key."""
         broken = False
         try:
             while True:
@@ -83,6 +107,7 @@ class Link:
                     self.connected = True
                 else:
                     broken = True
+                    self.refused = self.refused or event == zmq.Event.HANDSHAKE_FAILED_AUTH
         except zmq.Again:
             return broken
 

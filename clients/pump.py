@@ -114,7 +114,11 @@ class Pump:
             for one in news:
                 one.wake()
         if link.broken():
-            connection.lost(now)
+            if link.refused:
+                for one in connection.refuse(now):
+                    one.wake()
+            else:
+                connection.lost(now)
         self._flush()
 
     def _flush(self) -> None:

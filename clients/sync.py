@@ -32,7 +32,7 @@ class Client:
 
     Opening waits up to `connect_timeout` seconds for an engine that is ready. When the connection breaks it is made again, and every
     open request carries on from what was received; requests fail with `ConnectionLost` once no engine has answered for `patience` seconds.
-    `tenant` is whom the requests are counted for, `name` appears in the engine's status, `keys` are for an engine on another machine.
+    `tenant` is whom the requests are counted for, `name` appears in the engine's status, `keys` are for an engine that asks for them.
 
     Any number of threads may use one client. The lease is renewed by the client's own thread, also while the program computes. In
     a forked child a client makes a connection of its own; streams of the parent stay with the parent.

@@ -118,7 +118,9 @@ class Pump:
                 news += self.connection.receive(frame, now)
                 if self.connection.reopen:
                     break
-            if broken:
+            if broken and link is not None and link.refused:
+                news += self.connection.refuse(now)
+            elif broken:
                 self.connection.lost(now)
             if now >= self.connection.due:
                 news += self.connection.tick(now)

@@ -8,7 +8,8 @@ A block holds the keys and values of `block_size` tokens. It is in one of three 
 
 `held → cached → free` happens in O(1), least recently released first. The prefix index maps a *chained digest*, over the block's
 tokens and the digest of everything before them, to the block, so equal prefixes share blocks and different ones cannot be mistaken
-for each other (128-bit BLAKE2b: an attacker who chooses prompts cannot make them collide).
+for each other: with 256-bit BLAKE2b not even somebody who chooses both prompts can make them collide, and it needs no secret, which
+would have to survive restarts and could change plans.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from hashlib import blake2b
 
+DIGEST = 32  # bytes: two that collide cost 2 ** 128 tries
+
 
 def root_digest(salt: bytes) -> bytes:
     """The parent of a first block. `salt` separates whoever must not share: tenants, adapters."""
-    return blake2b(salt, digest_size=16, person=b"penstock-root").digest()
+    return blake2b(salt, digest_size=DIGEST, person=b"penstock-root").digest()
 
 
 def chain_digest(parent: bytes, tokens: bytes) -> bytes:
     """Digest of a full block: `tokens` are its ids as bytes, `parent` the digest of the block before."""
-    return blake2b(parent + tokens, digest_size=16).digest()  # the parent has a fixed length, so this is unambiguous
+    return blake2b(parent + tokens, digest_size=DIGEST).digest()  # the parent has a fixed length, so this is unambiguous
 
 
 class BlockPool:

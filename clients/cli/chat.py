@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from penstock.clients.cli.keys import Key, ServerKey, given_keys
 from penstock.clients.cli.options import only_given, with_tables
 from penstock.clients.cli.report import reported, stderr, stdout
 from penstock.clients.cli.status import Address, Timeout
@@ -24,12 +25,14 @@ def chat(
     address: Address = None,
     system: Annotated[str | None, typer.Option(help="what the model is told first", show_default=False)] = None,
     timeout: Timeout = 5.0,
+    key: Key = None,
+    server_key: ServerKey = None,
     **given: Any,
 ) -> None:
     """Talk to a model; answers appear as they are made. Reads turns from standard input if that is not a terminal."""
     first = [{"role": "system", "content": system}] if system else []
     messages: list[dict[str, str]] = list(first)
-    with reported(), Client(address, name="chat", connect_timeout=timeout) as client:
+    with reported(), Client(address, name="chat", connect_timeout=timeout, keys=given_keys(key, server_key)) as client:
         params = only_given(given)
         if sys.stdin.isatty():
             stdout().print(f"[bold]{client.model.get('name', '')}[/]  {_HELP}")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from penstock.clients.cli.keys import Key, ServerKey, given_keys
 from penstock.clients.cli.options import only_given, with_tables
 from penstock.clients.cli.report import reported, stderr
 from penstock.clients.cli.status import Address, Timeout
@@ -41,6 +42,8 @@ def generate(
     token_ids: Annotated[bool, typer.Option("--token-ids", help="put token ids into the results")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message to a chat model")] = False,
     timeout: Timeout = 5.0,
+    key: Key = None,
+    server_key: ServerKey = None,
     **given: Any,
 ) -> None:
     """Complete one prompt, its text appearing as it is made; or a file of prompts, with a bounded number at once. A run that was
@@ -48,7 +51,7 @@ def generate(
     with reported(interrupted="interrupted: the same command carries on" if output is not None else ""):
         if (prompt is None) == (input is None) or (input is None) != (output is None):
             raise InvalidRequest("give a prompt, or --input and --output")
-        with Client(address, name="generate", connect_timeout=timeout) as client:
+        with Client(address, name="generate", connect_timeout=timeout, keys=given_keys(key, server_key)) as client:
             params = only_given(given)
             if input is not None and output is not None:
                 _batch(client, input, output, fresh, concurrency, in_order, token_ids, params)

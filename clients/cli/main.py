@@ -8,6 +8,7 @@ from penstock.clients.bench.command import app as bench
 from penstock.clients.cli.chat import chat
 from penstock.clients.cli.demo import demo
 from penstock.clients.cli.generate import generate
+from penstock.clients.cli.keys import app as keys
 from penstock.clients.cli.replay import replay
 from penstock.clients.cli.report import STATUS_HELP
 from penstock.clients.cli.serve import serve
@@ -25,6 +26,7 @@ for command in (serve, generate, chat, status, replay, demo):
     app.command(epilog=STATUS_HELP)(command)
 
 app.add_typer(bench, name="bench")
+app.add_typer(keys, name="keys")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from types import FrameType
 from typing import Annotated, Any
 
@@ -41,7 +42,8 @@ def serve(
             note = announce(engine.address, model)
             try:
                 stdout().print(f"[bold green]ready[/] after {time.monotonic() - begun:.1f} s: {model} at [bold]{engine.address}[/]")
-                _watch(engine, stop, stdout().is_terminal if live is None else live)
+                # With keys, the engine takes no client without one, this command included.
+                _watch(engine, stop, (stdout().is_terminal if live is None else live) and "secret_key" not in only_given(given))
             finally:
                 note.unlink(missing_ok=True)
         if engine.status != 0 and not stop.asked:
@@ -74,13 +76,15 @@ class _Stop:
 def _watch(engine: Engine, stop: _Stop, live: bool) -> None:
     """Until the engine has ended."""
     said = False
-    with Client(engine.address, name="serve", patience=2.0) as client, Live(console=stdout(), auto_refresh=False, transient=True) as view:
+    with ExitStack() as stack:
+        view = stack.enter_context(Live(console=stdout(), auto_refresh=False, transient=True))
+        client = stack.enter_context(Client(engine.address, name="serve", patience=2.0)) if live else None
         rate = _Rate()
         while engine.status is None:
             if stop.asked and not said:
                 said = True
                 stderr().print("draining: open requests finish; Ctrl-C again ends them")
-            if live and not stop.asked:
+            if client is not None and not stop.asked:
                 try:
                     view.update(Text.from_markup(rate.line(client.status())), refresh=True)
                 except PenstockError as error:

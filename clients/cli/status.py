@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from penstock.clients.cli.keys import Key, ServerKey, given_keys
 from penstock.clients.cli.report import reported, stdout
 from penstock.clients.sync import Client
 
@@ -19,9 +20,11 @@ def status(
     address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
     timeout: Timeout = 5.0,
+    key: Key = None,
+    server_key: ServerKey = None,
 ) -> None:
     """Show what an engine is doing: requests, tokens, steps, the KV cache and each of its actors."""
-    with reported(), Client(address, name="status", connect_timeout=timeout) as client:
+    with reported(), Client(address, name="status", connect_timeout=timeout, keys=given_keys(key, server_key)) as client:
         report = client.status()
     console = stdout()
     if as_json:

@@ -17,10 +17,11 @@ M = TypeVar("M")
 class RawClient:
     """The protocol by hand: a DEALER that sends what it is told, rubbish included, and keeps every message that comes."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, prepare: Callable[[Any], None] = lambda _: None) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        prepare(self.socket)
         self.socket.connect(address)
         self.name = uuid.uuid4().hex
         self.got: list[Any] = []
@@ -54,14 +55,21 @@ class RawClient:
     def failure(self, request: str | None) -> dict[str, Any]:
         return self.wait(Failed, lambda message: message.request == request).error
 
+    def failure_of_any(self) -> tuple[str | None, dict[str, Any]]:
+        message = self.wait(Failed)
+        return message.request, message.error
+
     def done(self, request: str) -> dict[str, Any]:
         """The usage of a request, at its end."""
         chunks = self.wait(Chunks, lambda message: any(row[0] == request for row in message.done))
         return next(usage for name, usage in chunks.done if name == request)
 
-    def status(self) -> dict[str, Any]:
+    def status_sent(self) -> None:
         self.queries += 1
         self.send(Status(self.queries))
+
+    def status(self) -> dict[str, Any]:
+        self.status_sent()
         return self.wait(Report, lambda message: message.query == self.queries).report
 
     def until(self, holds: Callable[[dict[str, Any]], bool], seconds: float = 20.0) -> dict[str, Any]:
@@ -86,12 +94,12 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[[str], RawClient]]:
+def connect() -> Iterator[Callable[..., RawClient]]:
     """Makes bare clients, and closes them."""
     clients: list[RawClient] = []
 
-    def make(address: str) -> RawClient:
-        clients.append(RawClient(address))
+    def make(address: str, **more: Any) -> RawClient:
+        clients.append(RawClient(address, **more))
         return clients[-1]
 
     yield make
