@@ -54,7 +54,7 @@ class Link:
     a link is made. Raises `zmq.ZMQError` for an address that cannot be."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: Keys | None = None) -> None:
-        self.connected = self.refused = False
+        self.connected = self.refused = self._failed = False
         self._socket = context.socket(zmq.DEALER)
         # Credits bound what comes in, the caller what goes out: a high-water mark would block or drop instead.
         options = {
@@ -78,9 +78,12 @@ class Link:
         self.sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]] = (self._socket, self._monitor)
 
     def send(self, frames: Iterable[bytes]) -> None:
-        """Never blocks: what cannot leave yet waits in memory."""
-        for frame in frames:
-            self._socket.send(frame, zmq.NOBLOCK)
+        """Never blocks: what cannot leave yet waits in memory. After a failed handshake nothing can: then the link is broken."""
+        try:
+            for frame in frames:
+                self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            self._failed = True
 
     def receive(self) -> bytes | None:
         """The next frame that has arrived, if any. A multi-part message is not of this protocol, and gives an empty frame."""
@@ -99,7 +102,7 @@ class Link:
 
     def broken(self) -> bool:
         """Whether the peer went away since this was last asked. Also notes that it came, or refused this client's key."""
-        broken = False
+        broken, self._failed = self._failed, False
         try:
             while True:
                 event = struct.unpack("=hi", self._monitor.recv_multipart(zmq.NOBLOCK)[0])[0]

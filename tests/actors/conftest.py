@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import pytest
@@ -21,6 +22,7 @@ class RawClient:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
         prepare(self.socket)
         self.socket.connect(address)
         self.name = uuid.uuid4().hex
@@ -33,7 +35,8 @@ class RawClient:
         return self.wait(Welcome)
 
     def send(self, message: Any) -> None:
-        self.socket.send(message if isinstance(message, bytes) else TO_GATEWAY.encode(message))
+        with suppress(zmq.Again):  # a connection that was refused leads nowhere
+            self.socket.send(message if isinstance(message, bytes) else TO_GATEWAY.encode(message), zmq.NOBLOCK)
 
     def generate(self, request: str, **values: Any) -> None:
         fields = {"prompt": None, "messages": None, "ids": None, "params": {}, "options": {}, "adapter": None, "priority": 0}
