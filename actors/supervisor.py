@@ -31,7 +31,7 @@ from penstock.actors.worker import ProcessWorker, ThreadWorker, Worker
 from penstock.actors.workplace import Workplace
 
 BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)  # before the nth start of an actor in a row; beyond these the engine gives up
-HEALTHY_S = 30.0  # an actor that lived so long starts counting from the first again
+HEALTHY_S = 1.0  # an actor that was ready for so long starts counting from the first again
 STOP_S = 5.0
 
 Report = Callable[[dict[str, Any]], None]
@@ -110,7 +110,7 @@ class Supervisor:
         )  # fmt: skip
         before = self.workers.get(key)
         worker: Worker = ThreadWorker(post, self.context) if self.config.placement == "threads" else ProcessWorker(post)
-        worker.starts = 1 if before is None or before.healthy(HEALTHY_S) else before.starts + 1
+        worker.starts = 1 if before is None else before.starts + 1
         self.workers[key] = worker
         if worker.pidfd is not None:
             self.mail.watch(worker.pidfd)
@@ -199,6 +199,8 @@ class Supervisor:
         worker.close()
         fault = worker.fault or Fault(code="engine_fault", message=f"the {key[0]} died: {worker.death()}", actor=key[0])
         self.log.error("actor died", kind=key[0], index=key[1], death=worker.death(), why=fault.message)
+        if worker.healthy(HEALTHY_S):
+            worker.starts = 0  # it did its job: that was no failed start
         if not self.announced or worker.starts >= len(BACKOFF_S):
             self.failure = fault
             self.stopping = f"the {key[0]} cannot run"

@@ -50,8 +50,8 @@ class Worker(ABC):
         """Give back what the operating system holds for it."""
 
     def healthy(self, seconds: float) -> bool:
-        """Whether it lived long enough for its death not to count as a failed start."""
-        return time.monotonic() - self.begun >= seconds
+        """Whether it was ready for long enough for its death not to count as a failed start."""
+        return self.ready and time.monotonic() - self.begun >= seconds
 
     def row(self) -> tuple[Any, ...]:
         post = self.post
