@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from penstock.actors.config import EngineConfig
+from penstock.clients.bench.chaos import chaos
 from penstock.clients.bench.offline import offline, online
 from penstock.clients.bench.pipeline import pipeline
 from penstock.clients.bench.report import machine, plot, show
@@ -92,6 +93,26 @@ def pipeline_command(
         if plot_file is not None:
             plot(plot_file, "pipeline", {"gap between chunks": [gap for trace in run.traces for gap in trace.gaps]}, "seconds", "share")
         show("pipeline", figures, as_json=as_json)
+
+
+@app.command("chaos")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model", "seed"))
+def chaos_command(
+    kills: Annotated[int, typer.Option(help="actors to kill", min=1)] = 50,
+    model: Annotated[str | None, typer.Option(help="`tiny`, a folder or a hub id; none: a mock executor")] = None,
+    streams: Annotated[int, typer.Option(help="at a time", min=1)] = 24,
+    output: Annotated[int | None, typer.Option(help="most tokens for each; none: 6000 of a mock, 160 of a model", min=4)] = None,
+    seed: Annotated[int, typer.Option(help="of who is killed, and when")] = 0,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Kill random actors under load: every stream must equal its undisturbed run. Fails if one does not."""
+    with reported():
+        figures = asyncio.run(chaos(model, kills, streams, output, seed, **only_given(given)))
+        figures["machine"] = machine()
+        show("chaos", figures, as_json=as_json)
+        if figures["lost"] or figures["repeated"] or figures["diverged"]:
+            raise typer.Exit(1)
 
 
 def _against(shape: str, workload: str, rate: float) -> dict[str, Any]:
