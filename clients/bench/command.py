@@ -16,6 +16,7 @@ from penstock.clients.bench.chaos import chaos
 from penstock.clients.bench.offline import offline, online
 from penstock.clients.bench.pipeline import pipeline
 from penstock.clients.bench.report import machine, plot, show
+from penstock.clients.bench.soak import soak
 from penstock.clients.cli.options import only_given, with_tables
 from penstock.clients.cli.report import reported
 from penstock.clients.errors import PenstockError
@@ -112,6 +113,23 @@ def chaos_command(
         figures["machine"] = machine()
         show("chaos", figures, as_json=as_json)
         if figures["lost"] or figures["repeated"] or figures["diverged"]:
+            raise typer.Exit(1)
+
+
+@app.command("soak")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model", "executor"))
+def soak_command(
+    requests: Annotated[int, typer.Option(min=100)] = 1_000_000,
+    at_once: Annotated[int, typer.Option(help="requests in flight", min=1)] = 256,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Very many short requests through a mock executor: the engine must not grow. Fails if it does."""
+    with reported():
+        figures = asyncio.run(soak(requests, at_once, **only_given(given)))
+        figures["machine"] = machine()
+        show("soak", figures, as_json=as_json)
+        if not figures["flat"] or figures["wrong"]:
             raise typer.Exit(1)
 
 
