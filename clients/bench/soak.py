@@ -15,17 +15,17 @@ from penstock.clients.errors import PenstockError
 from penstock.clients.launcher import alaunch
 
 NOISE = 4 * 2**20  # bytes: what an allocator keeps or gives back from one look to the next
-_WARM = 0.2  # share of the requests after which everything has its size: caches are full, arenas are made
+_WARM = 10_000  # requests after which everything has its size: caches are full, arenas are made
 
 
 async def soak(requests: int, at_once: int, **config: Any) -> dict[str, Any]:
     """`requests` requests of some 20 ids in and 8 out, `at_once` at a time. Growth is from one state of rest to another: after the first
-    fifth, and after all."""
+    ten thousand (or half of them), and after all."""
     config = {"executor": "mock", "blocks": 4096, **config}
     async with alaunch("tiny", **config) as client:
         await client.generate([1], max_tokens=1)
         begun = time.perf_counter()
-        warm = int(requests * _WARM)
+        warm = min(_WARM, requests // 2)
         wrong = await _run(client, 0, warm, at_once)
         before = await weights(client)
         wrong += await _run(client, warm, requests, at_once)
