@@ -61,4 +61,5 @@ def _mix(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int32], tokens:
     """A number for each row, from all three. In 64 bits, modulo their size."""
     x = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(30)) ^ tokens.astype(np.uint64)) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed

@@ -67,7 +67,7 @@ async def chaos(model: str | None, kills: int, streams: int, output: int | None,
         "recovery": {kind: _recovery("", [second for blow in blows if blow.kinds == (kind,) for second in blow.seconds]) for kind in KINDS},
         "killed": {kind: sum(blow.kinds.count(kind) for blow in blows) for kind in KINDS},
         "together": sum(len(blow.kinds) > 1 for blow in blows), "strange_deaths": strange, "odd": load.odd,
-        "open": report["requests"]["open"], "hand_overs": report["hand_overs"],
+        "open": report["requests"]["open"],
         "blocks_held": report["scheduler"]["blocks_total"] - report["scheduler"]["blocks_free"],
         "seconds": seconds, "model": model or "mock", "seed": seed, "config": config,
     }  # fmt: skip
