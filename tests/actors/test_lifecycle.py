@@ -111,9 +111,9 @@ def test_streams_survive_the_death_of_any_actor(kind: str) -> None:
     with Engine("tiny", executor="mock") as engine:
         engine.wait(60)
         with Client(engine.address) as client:
-            whole = client.generate([5, 6, 7], max_tokens=8000, seed=1, n=8)
+            whole = client.generate([5, 6, 7], max_tokens=8000, temperature=1.0, seed=1, n=8)
             assert len({tuple(sample.ids) for sample in whole.samples}) == 8
-            stream = client.stream([5, 6, 7], max_tokens=8000, seed=1, n=8)
+            stream = client.stream([5, 6, 7], max_tokens=8000, temperature=1.0, seed=1, n=8)
             reading = iter(stream)  # dropping it would cancel the request
             assert next(reading).ids
             victim = next(row["pid"] for row in client.status()["actors"] if row["kind"] == kind)
