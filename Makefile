@@ -1,5 +1,7 @@
 # make demo    install everything, start the engine, watch many clients stream from it
 # make test    install what is missing, check, test
+# make chaos   kill actors, send rubbish, come and go by the thousand: a quarter of an hour
+# make soak    REQUESTS=1000000 short requests, and what they leave in memory
 # make clean   remove what these made
 
 PYTHON ?= python3
@@ -12,13 +14,21 @@ HAS_GPU := $(shell test -e /dev/nvidiactl && echo 1)
 VENV_FLAGS := $(if $(filter 1,$(HAS_TORCH)),--system-site-packages)
 CONSTRAINTS := $(if $(filter 1,$(HAS_TORCH) $(HAS_GPU)),,-c constraints-cpu.txt)
 
-.PHONY: demo test check install clean
+REQUESTS ?= 1000000
+
+.PHONY: demo test chaos soak check install clean
 
 demo: install
 	$(BIN)/penstock demo
 
 test: check
 	$(BIN)/python -m pytest
+
+chaos: install
+	$(BIN)/python -m pytest -s tests/chaos
+
+soak: install
+	$(BIN)/penstock bench soak --requests $(REQUESTS) --json
 
 check: install
 	@mkdir -p .typing && ln -sfn .. .typing/penstock

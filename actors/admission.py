@@ -15,7 +15,9 @@ from penstock.actors.errors import Fault, Refusal
 from penstock.actors.journal import Journal, OpenRequest
 from penstock.actors.messages import Encode, Encoded, Generate
 from penstock.actors.resolve import Model, check_standing, own_tenant, resolve, resolved_from_wire
+from penstock.engine.chat import check_messages
 from penstock.engine.params import LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
+from penstock.engine.tokenfiles import TokenizeError
 
 AT_ONCE = 2  # jobs that a tokenizer has: one that dies takes few with it
 ENDED = 4  # times `max_open`: streams kept of all clients, most of them ended and not acknowledged yet
@@ -75,6 +77,11 @@ class Admission:
             raise _bad("prompt", given, "exactly one of prompt, messages, ids and resume")
         if message.prompt == "" or message.messages == ():
             raise _bad(given[0], "", "not empty")
+        if message.messages is not None:
+            try:
+                check_messages(message.messages)
+            except TokenizeError as error:
+                raise Refusal(error.code, error.message, field=error.field) from error
         if message.resume is not None:
             resolved = resolved_from_wire(message.resume, model)
             request.resolved = resolved = replace(resolved, tenant=own_tenant(resolved.tenant, user))

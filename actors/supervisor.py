@@ -242,12 +242,12 @@ class Supervisor:
             self.token_budget = max(LEAST_BUDGET, worker.facts["token_budget"] // 2)
             self.log.warning("smaller steps", token_budget=self.token_budget)
         worker.failed_starts += not worker.ready
-        if not self.announced or worker.failed_starts >= len(BACKOFF_S):
+        if not self.announced or (worker.failed_starts >= len(BACKOFF_S) and not worker.killed()):
             self.failure = fault
             self.stopping = f"the {key[0]} cannot run"
             return
         worker.up = worker.ready = False
-        worker.restart_at = now + BACKOFF_S[worker.failed_starts]
+        worker.restart_at = now + BACKOFF_S[min(worker.failed_starts, len(BACKOFF_S) - 1)]
         self._announce()
         if worker.restart_at <= now:
             self._hire(key)

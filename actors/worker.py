@@ -41,6 +41,10 @@ class Worker(ABC):
     def death(self) -> str:
         """How it ended, for people."""
 
+    def killed(self) -> bool:
+        """Whether somebody else ended it, which says nothing about how it would have done."""
+        return False
+
     def kill(self) -> None:  # noqa: B027  a thread cannot be killed
         """End it now, if it is still there."""
 
@@ -102,6 +106,9 @@ class ProcessWorker(Worker):
         if status is None:
             return "still alive"
         return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+    def killed(self) -> bool:
+        return self._status == -signal.SIGKILL
 
     def kill(self) -> None:
         if self.pidfd is not None and not self.gone():

@@ -12,9 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from penstock.actors.config import EngineConfig
+from penstock.clients.bench.chaos import chaos
 from penstock.clients.bench.offline import offline, online
 from penstock.clients.bench.pipeline import pipeline
 from penstock.clients.bench.report import machine, plot, show
+from penstock.clients.bench.soak import soak
 from penstock.clients.cli.options import only_given, with_tables
 from penstock.clients.cli.report import reported
 from penstock.clients.errors import PenstockError
@@ -92,6 +94,43 @@ def pipeline_command(
         if plot_file is not None:
             plot(plot_file, "pipeline", {"gap between chunks": [gap for trace in run.traces for gap in trace.gaps]}, "seconds", "share")
         show("pipeline", figures, as_json=as_json)
+
+
+@app.command("chaos")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model", "seed"))
+def chaos_command(
+    kills: Annotated[int, typer.Option(help="actors to kill", min=1)] = 50,
+    model: Annotated[str | None, typer.Option(help="`tiny`, a folder or a hub id; none: a mock executor")] = None,
+    streams: Annotated[int, typer.Option(help="at a time", min=1)] = 24,
+    output: Annotated[int | None, typer.Option(help="most tokens for each; none: 6000 of a mock, 160 of a model", min=4)] = None,
+    seed: Annotated[int, typer.Option(help="of who is killed, and when")] = 0,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Kill random actors under load: every stream must equal its undisturbed run. Fails if one does not."""
+    with reported():
+        figures = asyncio.run(chaos(model, kills, streams, output, seed, **only_given(given)))
+        figures["machine"] = machine()
+        show("chaos", figures, as_json=as_json)
+        if figures["lost"] or figures["repeated"] or figures["diverged"]:
+            raise typer.Exit(1)
+
+
+@app.command("soak")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model", "executor"))
+def soak_command(
+    requests: Annotated[int, typer.Option(min=100)] = 1_000_000,
+    at_once: Annotated[int, typer.Option(help="requests in flight", min=1)] = 256,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Very many short requests through a mock executor: the engine must not grow. Fails if it does."""
+    with reported():
+        figures = asyncio.run(soak(requests, at_once, **only_given(given)))
+        figures["machine"] = machine()
+        show("soak", figures, as_json=as_json)
+        if not figures["flat"] or figures["wrong"]:
+            raise typer.Exit(1)
 
 
 def _against(shape: str, workload: str, rate: float) -> dict[str, Any]:

@@ -186,3 +186,15 @@ def test_the_mock_gives_the_same_stream_in_any_batch_and_after_a_hand_over() -> 
     assert set(whole[2].ids) <= set(range(10, 60))
     with pytest.raises(ValueError, match="vocabulary"):
         MockRunner(100, first=60, span=50)
+
+
+def test_the_mock_goes_another_way_with_another_seed_or_token_and_alike_when_greedy() -> None:
+    config = SchedulerConfig(slots=4, blocks=64, token_budget=16, max_model_len=256)
+
+    def ids(prompt: list[int], temperature: float, seed: int) -> list[int]:
+        sampler = Sampler(temperature=temperature, seed=seed)
+        return run(MockRunner(100), config, [[request(0, prompt, 30, sampler)]])[0].ids
+
+    assert ids([1, 2], 1.0, 7) == ids([1, 2], 1.0, 7)
+    assert ids([1, 2], 0.0, 7) == ids([1, 2], 0.0, 8)
+    assert len({tuple(one) for one in (ids([1, 2], 1.0, 7), ids([1, 2], 1.0, 8), ids([1, 3], 1.0, 7), ids([1, 2], 0.0, 7))}) == 4
