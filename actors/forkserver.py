@@ -40,6 +40,7 @@ class ForkServer:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy would start its threads when it is imported; nobody uses them
             )
 
     def ask(self, post: Post, death: int) -> None:

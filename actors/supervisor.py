@@ -168,6 +168,7 @@ class Supervisor:
         if message.facts.get("open"):  # the gateway has met everyone and takes requests
             if not self.announced:
                 self.announced = True
+                self._tell_vitals(time.monotonic())  # so that the first to ask for the status finds everybody
                 self.log.info("engine ready", address=self.door)
                 self.report({"ready": self.door, "directory": str(self.workplace.path), "pid": os.getpid()})
             return
@@ -212,8 +213,11 @@ class Supervisor:
             if self.drain_until is not None and now >= self.drain_until:
                 self.stopping = "drain timeout"
             if now >= vitals:
-                self.mail.send(GATEWAY, Vitals(tuple(worker.vitals(now, self.config.stall_timeout) for worker in self.workers.values())))
+                self._tell_vitals(now)
                 vitals = now + HEARTBEAT_S
+
+    def _tell_vitals(self, now: float) -> None:
+        self.mail.send(GATEWAY, Vitals(tuple(worker.vitals(now, self.config.stall_timeout) for worker in self.workers.values())))
 
     def _reap(self, now: float) -> None:
         if self.forks is not None:

@@ -92,15 +92,13 @@ def test_a_scheduler_that_crashes_leaves_a_recording_of_it(tmp_path: Path, short
             reading = iter(stream)  # dropping it would cancel the request
             assert next(reading).ids
             incarnations = {row["kind"]: row["incarnation"] for row in client.status()["actors"]}
-            context = zmq.Context()
-            socket = context.socket(zmq.PUSH)
-            socket.connect(f"ipc://{next(short.glob('*/scheduler0.*'))}")
             # The results of a step that was never planned: whatever sends these has lost its mind, and so must the scheduler.
-            socket.send(INSIDE.encode(StepDone(incarnations["scheduler"], incarnations["executor"], 10**6, b"", None, None, None, 0.0)))
-            path = wait_for_recording(tmp_path)
+            wrong = StepDone(incarnations["scheduler"], incarnations["executor"], 10**6, b"", None, None, None, 0.0)
+            with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+                socket.connect(f"ipc://{next(short.glob('*/scheduler0.*'))}")
+                socket.send(INSIDE.encode(wrong))
+                path = wait_for_recording(tmp_path)
             assert len(stream.completion().ids) == 6000  # and streams survive
-            socket.close(linger=0)
-            context.term()
     done = run_replay(path)
     assert done.returncode == 0, done.stderr
     assert "the scheduler raised, as it did when it was recorded: ValueError: step 1000000" in done.stdout
