@@ -213,7 +213,7 @@ class GatewayActor(Actor):
         verdict = meter.judge(identity, arrival.size, now)
         if session is not None:
             session.seen = now
-        if verdict == "far too much":
+        if verdict == "far too much" and arrival.size <= self.config.max_message:  # else it is told that, whoever it is
             if meter.warn(identity):
                 self.door.send(identity, Failed(None, _too_much(meter.turn(identity))))
             return
