@@ -61,6 +61,10 @@ class ExecutorActor(Actor):
             code = "out_of_memory" if done.error.startswith("OutOfMemoryError") else "engine_fault"
             raise Refusal(code, f"step {done.step}: {done.error}", actor=self.kind)
 
+    def load(self) -> dict[str, Any]:
+        """`in_flight`: launched steps whose results another thread awaits; one that never ends shows, although this loop goes on."""
+        return {"in_flight": self.results.waiting} if self.results is not None else {}
+
     def finish(self) -> None:
         if self.results is not None:
             self.results.close()
@@ -72,11 +76,17 @@ class Results:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], home: str) -> None:
         self._context, self._home = context, home
+        self._put = self._done = 0
         self._queue: SimpleQueue[tuple[str, Step, Pending] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        return self._put - self._done
+
     def put(self, address: str, step: Step, pending: Pending) -> None:
+        self._put += 1
         self._queue.put((address, step, pending))
 
     def close(self) -> None:
@@ -91,6 +101,7 @@ class Results:
                 result = pending.result()
             except Exception as error:  # noqa: BLE001  whatever it was, the actor must hear of it: nobody watches this thread
                 result = StepResult(step.step, int32(b""), error=f"{type(error).__name__}: {error}")
+            self._done += 1
             done = done_from_result(result, step.scheduler, step.executor)
             if done.error is not None:
                 target = self._home
