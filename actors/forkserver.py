@@ -72,13 +72,13 @@ def preload(post: Post) -> None:
     importlib.import_module(ACTORS[post.kind].partition(":")[0])
     if post.kind != "executor" or post.config.executor == "mock":
         return
-    for name in HEAVY:
-        importlib.import_module(name)
-    from penstock.engine.model.spec import ModelError, read_spec
-    from penstock.engine.open import model_folder
-
-    with suppress(ModelError, ValueError, OSError, KeyError, TypeError):
+    with suppress(Exception):  # whatever it is, torch that is not installed for one, the executor meets it too, and says so
+        for name in HEAVY:
+            importlib.import_module(name)
         from transformers import AutoConfig, AutoModelForCausalLM
+
+        from penstock.engine.model.spec import read_spec
+        from penstock.engine.open import model_folder
 
         folder = read_spec(model_folder(post.config.model), weights="random").folder
         # Looking a class up imports its module.

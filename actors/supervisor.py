@@ -55,6 +55,7 @@ class Supervisor:
         self.door = config.address or f"ipc://{self.workplace.path}/door"
         self.workers: dict[PeerKey, Worker] = {}
         self.forks: ForkServer | None = None  # none with threads
+        self.barren = 0  # fork servers in a row that died before they had forked anything
         self.incarnations = 0
         self.token_budget = config.token_budget
         self.announced = False  # ready was reported
@@ -132,10 +133,16 @@ class Supervisor:
             worker = by_incarnation.get(news[0])
             if worker is not None:
                 self.mail.watch(worker.born(news[1]))
+                self.barren = 0
         if forks.gone() and self.stopping is None:
             self.log.error("the fork server died")
             self.mail.unwatch(forks.control.fileno())
             forks.close()
+            self.barren += 1
+            if self.barren >= len(BACKOFF_S):
+                self.failure = Fault(code="start_error", message="the fork server cannot run: see its error output")
+                self.stopping = "the fork server cannot run"
+                return
             self._open_forks()
             for worker in by_incarnation.values():
                 if not worker.pid:

@@ -249,3 +249,20 @@ def test_logs_are_json_lines_that_name_their_actor(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {"supervisor", "gateway", "scheduler", "executor", "tokenizer", "detokenizer"} <= {line["actor"] for line in lines}
     assert all(line["event"] and line["level"] and line["timestamp"] for line in lines)
+
+
+def test_an_actor_comes_back_although_the_fork_server_was_killed_too() -> None:
+    from penstock.clients.sync import Client
+
+    with Engine("tiny", executor="mock") as engine:
+        engine.wait(60)
+        with Client(engine.address) as client:
+            actors = {row["kind"]: row["pid"] for row in client.status()["actors"]}
+            (forks,) = {process.pid for process in family(engine.pid)} - {*actors.values(), engine.pid}
+            whole = client.generate([5, 6, 7], max_tokens=8000)
+            stream = client.stream([5, 6, 7], max_tokens=8000)
+            reading = iter(stream)  # dropping it would cancel the request
+            assert next(reading).ids
+            os.kill(forks, signal.SIGKILL)
+            os.kill(actors["executor"], signal.SIGKILL)
+            assert stream.completion().ids == whole.ids
