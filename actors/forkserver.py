@@ -67,11 +67,8 @@ class ForkServer:
         self._process.wait()
 
 
-def preload(post: Post) -> None:
-    """Import what an actor will need, once. The model itself is opened by the executor alone, and errors in it are its to report."""
-    importlib.import_module(ACTORS[post.kind].partition(":")[0])
-    if post.kind != "executor" or post.config.executor == "mock":
-        return
+def preload(model: str) -> None:
+    """Import what runs a model. The model itself is opened by the executor alone, and errors in it are its to report."""
     with suppress(Exception):  # whatever it is, torch that is not installed for one, the executor meets it too, and says so
         for name in HEAVY:
             importlib.import_module(name)
@@ -80,7 +77,7 @@ def preload(post: Post) -> None:
         from penstock.engine.model.spec import read_spec
         from penstock.engine.open import model_folder
 
-        folder = read_spec(model_folder(post.config.model), weights="random").folder
+        folder = read_spec(model_folder(model), weights="random").folder
         # Looking a class up imports its module.
         AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))]
 
@@ -116,12 +113,15 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ACTORS.values():
         importlib.import_module(name.partition(":")[0])
+    loaded = False
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, MOST_BYTES, 1)
         if not message:
             return  # the supervisor is gone
         post = post_from_json(message.decode())
-        preload(post)
+        if post.kind == "executor" and post.config.executor != "mock" and not loaded:
+            loaded = True
+            preload(post.config.model)
         gc.collect()
         gc.freeze()  # nothing that is shared is moved about by a collection in a child
         fork_actor(post, descriptors[0], control)
