@@ -12,8 +12,9 @@ from penstock.actors.actor import Peer, PeerKey
 from penstock.actors.columns import int32
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
-from penstock.actors.journal import Journal, OpenRequest
+from penstock.actors.journal import Journal
 from penstock.actors.messages import Encode, Encoded, Generate
+from penstock.actors.request import OpenRequest
 from penstock.actors.resolve import Model, check_standing, own_tenant, resolve, resolved_from_wire
 from penstock.engine.chat import check_messages
 from penstock.engine.params import LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
@@ -48,12 +49,13 @@ class Job:
 
 
 class Admission:
-    def __init__(self, config: EngineConfig) -> None:
+    """Numbers of jobs have the gateway's incarnation in their upper half: what a tokenizer answers to a former one is nobody's prompt."""
+
+    def __init__(self, config: EngineConfig, incarnation: int) -> None:
         self.config = config
         self.jobs: dict[int, Job] = {}
         self._streams = self._tokens = 0  # of all jobs
-        self.received: dict[OpenRequest, list[array[int]]] = {}  # of requests that resume here for the first time
-        self._numbers = 0
+        self._numbers = incarnation << 32
         self._random = random.Random()
 
     def admit(self, request: OpenRequest, message: Generate, model: Model, journal: Journal, held: Held, now: float) -> Job | None:
@@ -90,7 +92,7 @@ class Admission:
             received = self.received_ids(message.resume, request.streams, model)
             if max(map(len, received)) > resolved.limit:
                 raise _bad("resume.received", max(map(len, received)), f"at most {resolved.limit} ids, as many as were asked for")
-            self.received[request] = received
+            request.received = received
             return None
         try:
             params, options = SamplingParams.from_wire(message.params), PromptOptions.from_wire(message.options)
@@ -107,7 +109,7 @@ class Admission:
         if message.ids is not None and not words:
             self.resolve(job, Encoded(job.number, b"", (), None), model, journal)
             return None
-        self.jobs[job.number] = job
+        self.jobs[job.number], request.job = job, job.number
         self._streams, self._tokens = self._streams + params.n, self._tokens + job.tokens
         return job
 
@@ -187,13 +189,12 @@ class Admission:
         """A job is over; None if it was before."""
         job = self.jobs.pop(number, None)
         if job is not None:
-            self._streams, self._tokens = self._streams - job.params.n, self._tokens - job.tokens
+            self._streams, self._tokens, job.request.job = self._streams - job.params.n, self._tokens - job.tokens, None
         return job
 
     def forget(self, request: OpenRequest) -> None:
-        self.received.pop(request, None)
-        for number in [number for number, job in self.jobs.items() if job.request is request]:
-            self.done(number)
+        if request.job is not None:
+            self.done(request.job)
 
     def resolve(self, job: Job, encoded: Encoded, model: Model, journal: Journal) -> None:
         """The tokenizer's answer makes the value whole. Raises `Refusal`."""

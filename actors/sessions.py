@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from penstock.actors.journal import Entry, OpenRequest
 from penstock.actors.messages import Chunks
+from penstock.actors.request import Entry, OpenRequest
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +34,7 @@ class Session:
     read: int = 0  # of them, those that it has read for certain
     marks: deque[tuple[int, int]] = field(default_factory=deque)  # Chunks number, bytes of answers before it
     requests: dict[str, OpenRequest] = field(default_factory=dict)
+    held: int = 0  # streams of these
     dirty: dict[int, Entry] = field(default_factory=dict)  # handle → entry with unsent news
     finished: deque[tuple[int, OpenRequest]] = field(default_factory=deque)  # told in Chunks number, not yet acknowledged
     news: set[Session] = field(default_factory=set)  # the sessions that have some, shared by all
@@ -46,17 +47,19 @@ class Session:
         self.dirty.clear()
         self.finished.clear()
         for request in self.requests.values():
-            request.attached, request.told, request.left = False, None, now
+            request.left = now
 
-    def acknowledge(self, received: int) -> None:
-        """Forget what the client has for certain."""
+    def acknowledge(self, received: int) -> list[OpenRequest]:
+        """The client has this much for certain. Returns the requests whose end is part of it."""
         self.acknowledged = max(self.acknowledged, min(received, self.number))
         while self.marks and self.marks[0][0] <= self.acknowledged:
             self.read = self.marks.popleft()[1]
+        over = []
         while self.finished and self.finished[0][0] <= self.acknowledged:
             request = self.finished.popleft()[1]
-            if self.requests.get(request.id) is request:
-                del self.requests[request.id]
+            if not request.over:
+                over.append(request)
+        return over
 
     @property
     def unread(self) -> int:
@@ -64,7 +67,7 @@ class Session:
         return self.answered - self.read
 
     def mark(self, entry: Entry) -> None:
-        if entry.request.attached:
+        if entry.request.left is None:
             self.dirty[entry.handle] = entry
             self.news.add(self)
 
@@ -95,11 +98,9 @@ class Session:
             if entry.ended is not None and not entry.told_end:
                 ends.append((entry.stream, *entry.ended))
                 entry.told_end = True
-                request = entry.request
-                if request.ended and all(other.told_end for other in request.entries):
-                    done.append((request.id, request.usage(now)))
-                    request.told = self.number
-                    self.finished.append((self.number, request))
+                if entry.request.state == "told":
+                    done.append((entry.request.id, entry.request.usage(now)))
+                    self.finished.append((self.number, entry.request))
         self.dirty.clear()
         self.news.discard(self)
         self.marks.append((self.number, self.answered))
@@ -115,6 +116,7 @@ class Sessions:
         self._by_identity: dict[bytes, Session] = {}
         self._by_user: dict[str, dict[str, Session]] = {}
         self._news: set[Session] = set()
+        self.streams = 0  # of all clients: open ones, and ended ones that are not acknowledged yet
 
     def __iter__(self) -> Iterator[Session]:
         return iter([session for clients in self._by_user.values() for session in clients.values()])
@@ -128,8 +130,22 @@ class Sessions:
 
     def held(self, session: Session) -> int:
         """Streams of a client, ended ones that it has not acknowledged included; those of all the user's clients, if it has a user."""
-        sessions = self.of(session.user).values() if session.user else (session,)
-        return sum(request.streams for one in sessions for request in one.requests.values())
+        return sum(one.held for one in self.of(session.user).values()) if session.user else session.held
+
+    def add(self, request: OpenRequest) -> None:
+        request.session.requests[request.id] = request
+        request.session.held += request.streams
+        self.streams += request.streams
+
+    def remove(self, request: OpenRequest) -> None:
+        """A request is over."""
+        session = request.session
+        del session.requests[request.id]
+        session.held -= request.streams
+        self.streams -= request.streams
+        for entry in request.entries:
+            session.dirty.pop(entry.handle, None)
+        request.end()
 
     def __len__(self) -> int:
         return sum(map(len, self._by_user.values()))

@@ -13,13 +13,13 @@ def list_requests(session: Session, now: float) -> list[dict[str, Any]]:
     return [
         {
             "request": request.id,
-            "state": "tokenizing" if not request.entries else "ended" if request.ended else "open",
+            "state": request.state,
             "prompt_tokens": request.resolved.prompt_tokens if request.resolved is not None else 0,
             "generated_tokens": sum(len(entry.ids) for entry in request.entries),
             "age": now - request.arrived,
         }
         for request in session.requests.values()
-        if request.told is None
+        if request.state != "told"
     ]
 
 

@@ -6,15 +6,24 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.actors.journal import Entry, Journal, OpenRequest
+from penstock.actors.journal import Journal
 from penstock.actors.messages import Chunks, Released
+from penstock.actors.request import Entry, OpenRequest
+from penstock.actors.resolve import Resolved
 from penstock.actors.sessions import Session, Sessions
+from penstock.engine.params import SamplingParams
+from penstock.engine.request import Sampler
+
+VALUE = Resolved(
+    model="m", tokenizer="t", adapter=None, prompt=array("i", [1, 2, 3]).tobytes(), params=SamplingParams(max_tokens=9), words=(),
+    priority=0, tenant="",
+)  # fmt: skip
 
 
 def entry_of(journal: Journal, session: Session, received: list[int] | None = None) -> Entry:
-    request = OpenRequest("r", session, 0.0)
+    request = OpenRequest("r", session, 0.0, resolved=VALUE)
     session.requests["r"] = request
-    entry = journal.open(request, 0, array("i", received or []))
+    entry = journal.open(request, Sampler(stop_ids=(2,)), array("i", received or []))
     request.entries.append(entry)
     entry.attempt, entry.stream = 1, 7
     return entry
@@ -108,7 +117,7 @@ def test_a_client_that_comes_back_gets_exactly_the_rest(pieces: list[Any], cut: 
     client.attach(b"another", 1.0)
     assert entry.rewind(array("i", known)) == (len(known) in borders)
     if len(known) in borders:
-        entry.request.attached = True
+        entry.request.left = None
         client.mark(entry)
         ids, _ = read(client.chunks(0.0))
         assert known + ids == whole
@@ -140,13 +149,51 @@ def test_an_acknowledgement_of_what_was_never_sent_counts_only_what_was() -> Non
 def test_a_request_is_kept_until_its_end_is_acknowledged() -> None:
     journal, client = Journal(1), session()
     entry = entry_of(journal, client)
+    assert entry.request.state == "open"
     entry.ended = "length", {}
     client.mark(entry)
+    assert entry.request.state == "ended"
     chunks = client.chunks(5.0)
     assert [row[0] for row in chunks.done] == ["r"]
-    assert "r" in client.requests
-    client.acknowledge(chunks.number)
-    assert "r" not in client.requests
+    assert entry.request.state == "told"
+    assert client.acknowledge(chunks.number - 1) == []
+    assert client.acknowledge(chunks.number) == [entry.request]
+    assert client.acknowledge(chunks.number) == []
+
+
+def test_an_end_that_was_told_over_a_connection_that_is_gone_was_not_told() -> None:
+    journal, sessions = Journal(1), Sessions()
+    client = sessions.meet("client", "", b"a", 0.0)
+    entry = entry_of(journal, client)
+    entry.ended = "length", {}
+    client.mark(entry)
+    number = client.chunks(1.0).number
+    sessions.meet("client", "", b"b", 2.0)
+    assert entry.request.state == "ended"
+    assert client.acknowledge(number) == []
+
+
+def test_what_is_over_is_not_acknowledged_and_holds_nothing() -> None:
+    journal, sessions = Journal(1), Sessions()
+    client = sessions.meet("client", "", b"a", 0.0)
+    request = OpenRequest("r", client, 0.0, streams=2, resolved=VALUE)
+    sessions.add(request)
+    assert (sessions.streams, sessions.held(client)) == (2, 2)
+    request.entries = [journal.open(request, Sampler(), array("i")) for _ in range(2)]
+    for entry in request.entries:
+        entry.ended = "length", {}
+        client.mark(entry)
+    number = client.chunks(1.0).number
+    sessions.remove(request)
+    assert (sessions.streams, sessions.held(client), client.requests, request.entries) == (0, 0, {}, [])
+    assert client.acknowledge(number) == []
+
+
+def test_a_stream_that_comes_with_all_its_ids_is_complete() -> None:
+    journal, client = Journal(1), session()
+    assert entry_of(journal, client, [5] * 9).complete() == "length"
+    assert entry_of(journal, client, [5, 2]).complete() == "stop"
+    assert entry_of(journal, client, [2, 5]).complete() is None
 
 
 def test_a_session_moves_with_its_client_to_a_new_connection() -> None:
@@ -156,7 +203,7 @@ def test_a_session_moves_with_its_client_to_a_new_connection() -> None:
     assert sessions.meet("client", "", b"b", 1.0) is first
     assert sessions.find(b"a") is None
     assert sessions.find(b"b") is first
-    assert not first.requests["r"].attached
+    assert first.requests["r"].left == 1.0
     sessions.forget(first)
     assert sessions.find(b"b") is None
     assert len(sessions) == 0

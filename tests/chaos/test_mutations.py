@@ -62,7 +62,7 @@ def assert_nothing_is_left(engine: OneThread) -> None:
     assert not gateway.journal.entries
     assert not gateway.journal.prompt_tokens
     assert not gateway.admission.jobs
-    assert not gateway.admission.received
+    assert not gateway.sessions.streams
     assert len(gateway.sessions) == 0
     assert not gateway.sessions.with_news()
     assert (scheduler.running, scheduler.waiting, scheduler.in_flight) == (0, 0, 0)
