@@ -69,6 +69,10 @@ class Actor:
         self.peers: dict[PeerKey, Peer] = {}
         self.progress = 0
         self.handlers: dict[type[Any], Callable[[Any], None]] = {Peers: self._meet, Stop: lambda _: self.stop()}
+        # For messages that must not be handled before certain peers are known: whom, and since which incarnation.
+        self.awaits: dict[type[Any], Callable[[Any], tuple[tuple[PeerKey, int], ...]]] = {}
+        self._newest: dict[PeerKey, int] = {}  # incarnation ever heard of
+        self._early: list[Any] = []
         self._stopped = False
 
     # ── for an actor to fill in ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -143,10 +147,19 @@ class Actor:
                 if message is None:
                     break
                 self.progress += 1
-                self.handlers[type(message)](message)
+                self.handle(message)
                 if time.monotonic() >= beat:
                     break  # each message may be a step that takes long: who works must not look stalled
             self.after()
+
+    def handle(self, message: Any) -> None:
+        """A message may overtake the news of who sent it, or of whom it speaks. What it asks for would go to somebody dead: so it waits
+        for that news, and so do those behind it."""
+        awaits = self.awaits.get(type(message))
+        if awaits is not None and (self._early or any(self._newest.get(key, 0) < since for key, since in awaits(message))):
+            self._early.append(message)
+        else:
+            self.handlers[type(message)](message)
 
     def _meet(self, message: Peers) -> None:
         before = self.peers
@@ -154,7 +167,11 @@ class Actor:
         for key, peer in self.peers.items():
             if peer.address != self.post.address:
                 self.mail.connect(key, peer.address)
+        self._newest |= {key: max(peer.incarnation, self._newest.get(key, 0)) for key, peer in self.peers.items()}
         self.met(before)
+        early, self._early = self._early, []
+        for one in early:
+            self.handle(one)
 
     def _fault(self, fault: Fault) -> None:
         self.log.error("fault", **fault.to_wire())

@@ -69,14 +69,21 @@ class DetokenizerActor(Actor):
         except TokenizeError as error:
             raise Refusal(error.code, str(error), field="tokenizer", actor=self.kind) from error
         self.streams: dict[int, Live] = {}
+        self.scheduler = 0  # incarnation of the newest that was heard
         self.handlers[Emitted] = self._emitted
+        self.awaits[Emitted] = lambda message: (
+            (SCHEDULER, message.scheduler), (GATEWAY, max((opened[0] >> 32 for opened in message.opens), default=0)),
+        )  # fmt: skip
         return {}
 
     def _emitted(self, message: Emitted) -> None:
+        if message.scheduler < self.scheduler:
+            return  # from one that is no more: its streams are opened anew
+        self.scheduler = message.scheduler
         if message.number == 1:
             self.streams.clear()  # the scheduler began anew: every stream that counts is opened again
         out = Outgoing()
-        aborts = array("q")
+        aborts: dict[int, int] = {}  # handle → attempt
         for opened in message.opens:
             self._begin(opened, out, aborts)
         out.prompts = list(message.prompts)
@@ -93,10 +100,10 @@ class DetokenizerActor(Actor):
             if live is not None and live.attempt == attempt:
                 self._end(handle, live, reason, facts, last.get(handle), out)
         if aborts:
-            self.mail.send(SCHEDULER, Abort(aborts.tobytes()))
+            self.mail.send(SCHEDULER, Abort(array("q", aborts).tobytes(), array("i", aborts.values()).tobytes()))
         self.mail.send(GATEWAY, out.message(self.post.index, message.number))
 
-    def _decode(self, message: Emitted, closing: set[int], last: dict[int, int], out: Outgoing, aborts: array[int]) -> None:
+    def _decode(self, message: Emitted, closing: set[int], last: dict[int, int], out: Outgoing, aborts: dict[int, int]) -> None:
         """The hot path. `last` gets the closing token of each stream in `closing`."""
         streams = self.streams
         handles, attempts, offsets = out.handles, out.attempts, out.offsets
@@ -136,25 +143,25 @@ class DetokenizerActor(Actor):
                 ids.extend(released)
                 live.released += len(released)
                 if live.stream.matched is not None:
-                    aborts.append(handle)
+                    aborts[handle] = attempt
             if live.details:
                 self._tell_details(handle, live, out)
 
-    def _begin(self, opened: tuple[Any, ...], out: Outgoing, aborts: array[int]) -> None:
+    def _begin(self, opened: tuple[Any, ...], out: Outgoing, aborts: dict[int, int]) -> None:
         handle, attempt, decode, *known = opened
         prompt, generated = (array("i", ids) for ids in known)
         try:
             stream = self.detokenizer.open(prompt, generated, stop=decode["stop"], skip_special_tokens=decode["skip_special_tokens"])
         except TokenizeError as error:
             out.ends.append((handle, attempt, "error", {"error": str(error), "code": error.code, "generated": len(generated)}))
-            aborts.append(handle)
+            aborts[handle] = attempt
             return
         self.streams[handle] = Live(attempt, stream, stream.push, len(generated), len(generated))
         if decode.get("echo"):
             text = self.detokenizer.text(prompt, skip_special_tokens=decode["skip_special_tokens"])
             out.row(handle, attempt, len(generated), (), text)
         if stream.matched is not None:  # what was released before already ended it
-            aborts.append(handle)
+            aborts[handle] = attempt
 
     def _end(self, handle: int, live: Live, reason: str, facts: dict[str, Any], closing: int | None, out: Outgoing) -> None:
         del self.streams[handle]

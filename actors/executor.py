@@ -8,7 +8,7 @@ from typing import Any
 
 import zmq
 
-from penstock.actors.actor import SCHEDULER, Actor, Peer, PeerKey
+from penstock.actors.actor import SCHEDULER, Actor
 from penstock.actors.columns import done_from_result, int32, plan_from_step
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Refusal
@@ -21,11 +21,11 @@ from penstock.engine.plan import Pending, StepResult, StepRunner
 
 class ExecutorActor(Actor):
     kind = "executor"
-    scheduler = 0  # incarnation of the scheduler whose plans are taken
     results: Results | None = None
 
     def start(self) -> dict[str, Any]:
         self.handlers |= {Step: self._step, StepDone: self._check}
+        self.awaits[Step] = lambda step: ((SCHEDULER, step.scheduler),)
         self.runner, facts = self._open_runner()
         if facts["device"] == "cuda":
             self.results = Results(self.context, self.post.address)
@@ -38,18 +38,13 @@ class ExecutorActor(Actor):
         except ModelError as error:
             raise Refusal("model_error", str(error), field="model", value=self.config.model, actor=self.kind) from error
 
-    def met(self, before: dict[PeerKey, Peer]) -> None:
-        scheduler = self.peers.get(SCHEDULER)
-        if scheduler is not None and scheduler.incarnation > self.scheduler:
-            self.scheduler = scheduler.incarnation
-
     def _step(self, step: Step) -> None:
-        if step.executor != self.post.incarnation or step.scheduler < self.scheduler:
+        scheduler = self.peers.get(SCHEDULER)
+        if step.executor != self.post.incarnation or scheduler is None or step.scheduler != scheduler.incarnation:
             return  # from a scheduler that is no more
-        self.scheduler = step.scheduler
         pending = self.runner.launch(plan_from_step(step))
         if self.results is not None:
-            self.results.put(self.peers[SCHEDULER].address, step, pending)
+            self.results.put(scheduler.address, step, pending)
         else:
             done = done_from_result(pending.result(), step.scheduler, step.executor)
             self._check(done)

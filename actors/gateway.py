@@ -62,6 +62,7 @@ class GatewayActor(Actor):
         self.handlers |= {
             Encoded: self._encoded, Released: self._released, Begin: self._begin, Drain: self._drain, Vitals: self._keep_vitals,
         }  # fmt: skip
+        self.awaits[Begin] = lambda begin: ((SCHEDULER, begin.incarnation),)
         self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
             Generate: self._generate, Cancel: self._cancel, Renew: self._renew, List: self._list, Status: self._status,
             Goodbye: lambda session, _: self._leave(session),

@@ -76,7 +76,7 @@ class HandOver:
 
     def withdraw(self, entry: Entry) -> None:
         """The stream is to end, wherever it is."""
-        self._send(Abort(array("q", [entry.handle]).tobytes()))
+        self._send(Abort(array("q", [entry.handle]).tobytes(), array("i", [0]).tobytes()))
         self.close(entry)
 
     def _salt(self, tenant: str) -> bytes:

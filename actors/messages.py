@@ -216,7 +216,8 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """To a tokenizer: turn `prompt` or `messages` into ids. `words` are bad words given as text."""
+    """To a tokenizer: turn `prompt` or `messages` into ids. `words` are bad words given as text. The gateway's incarnation is in the
+    upper half of `job`."""
 
     job: int
     prompt: str | None
@@ -256,9 +257,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """End these requests (int64 handles), whatever their attempt."""
+    """End these streams (`handles` int64), if they are of these `attempts` (int32; 0: whichever they are of)."""
 
     handles: bytes
+    attempts: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,11 +308,13 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """What one step produced for one detokenizer; `number` counts these messages to it from 1. `opens` are
+    """What one step of the `scheduler` (its incarnation) produced for one detokenizer; `number` counts these messages to it from 1, anew
+    after each Begin. `opens` are
     `[handle, attempt, decode map, prompt, generated]`, streams that begin; then the rows: token `ids[i]` (int32) of `handles[i]`
     (int64) at `offsets[i]` (int32) of its generated tokens; then `ends`, `[handle, attempt, reason, facts]`. `details` are
     `[row, token]`, `prompts` are `[handle, attempt, tokens]` (log-probabilities)."""
 
+    scheduler: int
     number: int
     opens: tuple[Any, ...]
     handles: bytes

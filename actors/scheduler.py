@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.actors.actor import EXECUTOR, GATEWAY, HEARTBEAT_S, Actor, Peer, PeerKey
-from penstock.actors.columns import int64, request_from, result_from_done, step_from_plan, token_rows
+from penstock.actors.columns import int32, int64, request_from, result_from_done, step_from_plan, token_rows
 from penstock.actors.errors import Refusal
 from penstock.actors.messages import Abort, Begin, Emitted, Journaled, Record, StepDone, Submit
 from penstock.actors.recordings import keep, recordings_folder
@@ -123,8 +123,9 @@ class SchedulerActor(Actor):
     def _abort(self, message: Abort) -> None:
         if self.scheduler is not None:
             now = time.monotonic()
-            for handle in int64(message.handles).tolist():
-                self.scheduler.abort(handle, now)
+            for handle, attempt in zip(int64(message.handles).tolist(), int32(message.attempts).tolist(), strict=True):
+                if attempt in (0, self.scheduler.attempt(handle)):
+                    self.scheduler.abort(handle, now)
 
     def _commit(self, message: StepDone) -> None:
         if self.scheduler is None or message.executor != self.executor or message.scheduler != self.post.incarnation:
@@ -195,7 +196,7 @@ class SchedulerActor(Actor):
         ends = more[3]
         if opens or handles or ends:
             self.emitted[index] += 1
-            self.mail.send(("detokenizer", index), Emitted(self.emitted[index], opens, handles, *more))
+            self.mail.send(("detokenizer", index), Emitted(self.post.incarnation, self.emitted[index], opens, handles, *more))
 
     @staticmethod
     def _details(commit: Commit | None) -> list[tuple[int, list[Any]]]:

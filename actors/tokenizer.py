@@ -28,6 +28,7 @@ class TokenizerActor(Actor):
         except TokenizeError as error:
             raise Refusal(error.code, str(error), field="tokenizer", value=source, actor=self.kind) from error
         self.handlers[Encode] = self._encode
+        self.awaits[Encode] = lambda encode: ((GATEWAY, encode.job >> 32),)
         return {"digest": self.tokenizer.digest, "chat": self.tokenizer.has_chat_template}
 
     def _encode(self, message: Encode) -> None:

@@ -116,6 +116,11 @@ class Scheduler:
         if stream is not None:
             self._end(stream, reason, now)
 
+    def attempt(self, handle: int) -> int | None:
+        """Of an open stream: which of its hand-overs it is from."""
+        stream = self._streams.get(handle)
+        return None if stream is None else stream.attempt
+
     def expire(self, now: float) -> None:
         """End the streams whose time is over."""
         self._expire(now)

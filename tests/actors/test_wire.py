@@ -45,7 +45,7 @@ def test_what_a_peer_sends_is_read_back_the_same_way_untrusted(name: str) -> Non
 
 def test_a_columnar_message_carries_its_columns_unchanged() -> None:
     handles = array("q", [2**40 + 1, 5])
-    message = Emitted(1, (), handles.tobytes(), array("i", [1, 2]).tobytes(), b"", b"", (), (), ())
+    message = Emitted(1, 1, (), handles.tobytes(), array("i", [1, 2]).tobytes(), b"", b"", (), (), ())
     assert memoryview(INSIDE.decode(INSIDE.encode(message)).handles).cast("q").tolist() == handles.tolist()
 
 

@@ -43,7 +43,7 @@ class OneThread:
         for actor in self.actors.values():
             while (message := actor.mail.receive()) is not None:
                 busy = True
-                actor.handlers[type(message)](message)
+                actor.handle(message)
             actor.after()
         while self._supervisor.poll(0):
             self._supervisor.recv()
