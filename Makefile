@@ -1,6 +1,6 @@
 # make demo    install everything, start the engine, watch many clients stream from it
 # make test    install what is missing, check, test
-# make chaos   kill actors, send rubbish, come and go by the thousand: a quarter of an hour
+# make chaos   kill actors, send rubbish, come and go by the thousand: five minutes
 # make soak    REQUESTS=1000000 short requests, and what they leave in memory
 # make clean   remove what these made
 

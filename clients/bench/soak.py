@@ -21,7 +21,7 @@ _WARM = 10_000  # requests after which everything has its size: caches are full,
 async def soak(requests: int, at_once: int, **config: Any) -> dict[str, Any]:
     """`requests` requests of some 20 ids in and 8 out, `at_once` at a time. Growth is from one state of rest to another: after the first
     ten thousand (or half of them), and after all. The flight recorder's ring is small enough to be full by then."""
-    config = {"executor": "mock", "blocks": 4096, "record_ring": 4, **config}
+    config = {"executor": "mock", "blocks": 4096, "record_ring": 1, **config}
     async with alaunch("tiny", **config) as client:
         await client.generate([1], max_tokens=1)
         begun = time.perf_counter()

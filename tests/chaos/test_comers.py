@@ -16,7 +16,7 @@ from penstock.clients.launcher import alaunch
 from .comer import FATES, REQUESTS, Comer
 
 CLIENTS, AT_ONCE = 1000, 25
-WARM = 700  # clients more, before: until the gateway collects as much garbage as it makes
+WARM = 700  # of them, until everything has its size; the flight recorder's small ring is full by then, too
 
 
 async def come_and_go(address: str, first: int, end: int, seen: Counter[str]) -> None:
@@ -40,7 +40,7 @@ async def alone(client: AsyncClient) -> None:
 def test_a_thousand_clients_that_come_and_go_leave_the_engine_as_it_was() -> None:
     async def run() -> tuple[dict[str, int], dict[str, int], Counter[str]]:
         seen: Counter[str] = Counter()
-        async with alaunch("tiny", executor="mock", blocks=8192, lease=2.0) as client:
+        async with alaunch("tiny", executor="mock", blocks=8192, lease=2.0, record_ring=1) as client:
             assert client.address is not None
             await come_and_go(client.address, 0, WARM, seen)
             await alone(client)
