@@ -90,7 +90,7 @@ class Crew:
             self._open_forks()
             for worker in by_incarnation.values():
                 if not worker.pid:
-                    worker.close()  # should it have been born after all, it ends with its pipe
+                    worker.close()  # should it have been born after all, that ends it
                     self._hire((worker.post.kind, worker.post.index))
 
     # ── while it runs ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -115,6 +116,9 @@ class ProcessWorker(Worker):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
+        if self._death >= 0:
+            with suppress(BrokenPipeError):
+                os.write(self._death, b".")  # born unnoticed, it would take the pipe's end for ours
         for descriptor in (self.pidfd, self._death):
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)
