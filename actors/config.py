@@ -51,6 +51,8 @@ class EngineConfig:
     window: int = _setting(64, "chunk messages that a client may leave unacknowledged")
     drain_timeout: float = _setting(30.0, "longest wait for open requests when stopping")
     stall_timeout: float = _setting(10.0, "an actor without a heartbeat for this long is stalled")
+    # 140 GB from a disk of 100 MB/s take 1400 s. One that is only slow must never be taken for one that hangs: it would begin anew.
+    start_timeout: float = _setting(1800.0, "an actor that is not ready this long after its start is started anew")
     threads: int | None = _setting(None, "CPU threads of the executor; none: all cores")
     seed: int = _setting(0, "of random weights")
     record_ring: int = _setting(32, "MiB of memory for the flight recorder, which keeps the scheduler's last inputs; 0: none")
@@ -85,7 +87,7 @@ class EngineConfig:
             raise _bad("memory", self.memory, "a number above 0, or nothing")
         if not isinstance(self.record_ring, int) or self.record_ring < 0:
             raise _bad("record_ring", self.record_ring, "an integer of 0 or more")
-        for name in ("lease", "drain_timeout", "stall_timeout", "message_rate", "byte_rate"):
+        for name in ("lease", "drain_timeout", "stall_timeout", "start_timeout", "message_rate", "byte_rate"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise _bad(name, getattr(self, name), "a number above 0")
         if (self.secret_key is None) != (self.client_keys is None):

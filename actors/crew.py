@@ -114,17 +114,28 @@ class Crew:
         if self._forks is not None:
             self._births(self._forks)
         for key, worker in list(self.workers.items()):
-            still = worker.stalled(now, self.config.stall_timeout)
-            if still is not None and worker.fault is None:
-                text = f"the {key[0]} stalled: nothing moved for {still:.1f} s, in incarnation {worker.post.incarnation}"
-                worker.fault = Fault(code="engine_fault", message=text, actor=key[0])
-                self.log.error("stalled", kind=key[0], index=key[1], seconds=still, load=worker.load)
-                worker.kill()
+            if worker.restart_at is None and worker.fault is None:
+                self._judge(key, worker, now)
             if worker.restart_at is not None:
                 if now >= worker.restart_at:
                     self._hire(key)
             elif worker.gone():
                 self._bury(key, worker, now)
+
+    def _judge(self, key: PeerKey, worker: Worker, now: float) -> None:
+        """End an actor that stalls, or that never gets ready."""
+        still, late = worker.stalled(now, self.config.stall_timeout), worker.late(now, self.config.start_timeout)
+        if still is not None:
+            text = f"the {key[0]} stalled: nothing moved for {still:.1f} s, in incarnation {worker.post.incarnation}"
+            worker.fault = Fault(code="engine_fault", message=text, actor=key[0])
+            self.log.error("stalled", kind=key[0], index=key[1], seconds=still, load=worker.load)
+            worker.kill()
+        elif late is not None:
+            text = f"the {key[0]} was not ready {late:.1f} s after its start, in incarnation {worker.post.incarnation}"
+            limit = f"{self.config.start_timeout:g} s"
+            worker.fault = Fault(code="start_error", message=text, field="start_timeout", limit=limit, actor=key[0])
+            self.log.error("not ready", kind=key[0], index=key[1], seconds=late, up=worker.up)
+            worker.kill()
 
     def _bury(self, key: PeerKey, worker: Worker, now: float) -> None:
         if worker.pidfd is not None:
@@ -137,7 +148,8 @@ class Crew:
             self._token_budget = max(LEAST_BUDGET, worker.facts["token_budget"] // 2)
             self.log.warning("smaller steps", token_budget=self._token_budget)
         worker.failed_starts += not worker.ready
-        if not self.started or (worker.failed_starts >= len(BACKOFF_S) and not worker.killed()):
+        by_others = worker.killed() and worker.fault is None
+        if not self.started or (worker.failed_starts >= len(BACKOFF_S) and not by_others):
             self.failure = fault
             return
         worker.up = worker.ready = False

@@ -28,7 +28,7 @@ class Worker(ABC):
         self.facts: dict[str, Any] = {}
         self.load: dict[str, Any] = {}
         self.progress = 0
-        self.beat = self.moved = time.monotonic()
+        self.begun = self.beat = self.moved = time.monotonic()
         self.fault: Fault | None = None
         self.failed_starts = 0  # in a row: deaths before it was ready
         self.restart_at: float | None = None
@@ -43,7 +43,7 @@ class Worker(ABC):
         """How it ended, for people."""
 
     def killed(self) -> bool:
-        """Whether somebody else ended it, which says nothing about how it would have done."""
+        """Whether it was killed: unless that was our doing, it says nothing about how it would have done."""
         return False
 
     def kill(self) -> None:  # noqa: B027  a thread cannot be killed
@@ -66,6 +66,11 @@ class Worker(ABC):
         """For how long it has not moved, if that is too long: no heartbeat, or work in flight and no progress."""
         still = now - min(self.beat, self.moved)
         return still if self.ready and still > timeout else None
+
+    def late(self, now: float, timeout: float) -> float | None:
+        """For how long it has been starting, if that is too long. An actor cannot beat while it loads: only the clock can tell."""
+        since = now - self.begun
+        return since if not self.ready and since > timeout else None
 
     def row(self) -> tuple[Any, ...]:
         post = self.post
@@ -93,8 +98,11 @@ class ProcessWorker(Worker):
 
     def born(self, pid: int) -> int:
         """It has this process id. Returns its pidfd, readable when it is gone."""
-        self.pid, self.pidfd = pid, os.pidfd_open(pid)
+        self.pid, self.pidfd, self.begun = pid, os.pidfd_open(pid), time.monotonic()
         return self.pidfd
+
+    def late(self, now: float, timeout: float) -> float | None:
+        return super().late(now, timeout) if self.pid else None  # until it is born, the fork server is late
 
     def gone(self) -> bool:
         if self._status is None and self.pid:
