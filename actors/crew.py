@@ -71,16 +71,17 @@ class Crew:
         self._forks = ForkServer()
         self.mail.watch(self._forks.control.fileno())
 
-    def _births(self, forks: ForkServer) -> None:
-        """Take in what the fork server made; if it died, there is another, and it is asked for what this one was asked."""
+    def _births(self, forks: ForkServer, now: float) -> None:
+        """Take in what the fork server made. If it died, or makes nothing, another is asked for what this one was asked."""
         by_incarnation = {worker.post.incarnation: worker for worker in self.workers.values() if isinstance(worker, ProcessWorker)}
         while (news := forks.born()) is not None:
             worker = by_incarnation.get(news[0])
             if worker is not None:
                 self.mail.watch(worker.born(news[1]))
                 self._barren = 0
-        if forks.gone():
-            self.log.error("the fork server died")
+        still = forks.stalled(now, self.config.stall_timeout, self.config.start_timeout)
+        if still is not None or forks.gone():
+            self.log.error("the fork server died" if still is None else "the fork server stalled", seconds=still)
             self.mail.unwatch(forks.control.fileno())
             forks.close()
             self._barren += 1
@@ -112,7 +113,7 @@ class Crew:
     def look(self, now: float) -> None:
         """At who was born, who stalls and who is gone."""
         if self._forks is not None:
-            self._births(self._forks)
+            self._births(self._forks, now)
         for key, worker in list(self.workers.items()):
             if worker.restart_at is None and worker.fault is None:
                 self._judge(key, worker, now)

@@ -38,3 +38,29 @@ def test_an_actor_that_nobody_wants_any_more_ends_and_leaves_the_engines_folder_
         assert folder.is_dir()
     finally:
         forks.close()
+
+
+def test_one_that_imports_may_take_longer_than_one_that_only_has_to_fork(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("e")
+    forks = ForkServer()
+    workers: list[ProcessWorker] = []
+
+    def ask(kind: str) -> float:
+        workers.append(ProcessWorker(post(folder, kind, len(workers) + 1), forks))
+        return time.monotonic()
+
+    def make() -> None:
+        while forks.born() is None:
+            time.sleep(0.01)
+
+    try:
+        assert forks.stalled(time.monotonic() + 1e6, 10.0, 100.0) is None  # nothing was asked of it
+        for kind, patience in (("tokenizer", 100.0), ("tokenizer", 10.0), ("executor", 100.0), ("executor", 10.0)):
+            asked = ask(kind)
+            assert forks.stalled(asked + patience - 0.5, 10.0, 100.0) is None
+            assert forks.stalled(asked + patience + 0.5, 10.0, 100.0) is not None
+            make()
+    finally:
+        for one in workers:
+            one.close()
+        forks.close()

@@ -251,10 +251,11 @@ def test_logs_are_json_lines_that_name_their_actor(tmp_path: Path) -> None:
     assert all(line["event"] and line["level"] and line["timestamp"] for line in lines)
 
 
-def test_an_actor_comes_back_although_the_fork_server_was_killed_too() -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_actor_comes_back_although_the_fork_server_was_killed_too_or_froze(number: signal.Signals) -> None:
     from penstock.clients.sync import Client
 
-    with Engine("tiny", executor="mock") as engine:
+    with Engine("tiny", executor="mock", stall_timeout=3.0) as engine:
         engine.wait(60)
         with Client(engine.address) as client:
             actors = {row["kind"]: row["pid"] for row in client.status()["actors"]}
@@ -263,6 +264,6 @@ def test_an_actor_comes_back_although_the_fork_server_was_killed_too() -> None:
             stream = client.stream([5, 6, 7], max_tokens=8000)
             reading = iter(stream)  # dropping it would cancel the request
             assert next(reading).ids
-            os.kill(forks, signal.SIGKILL)
+            os.kill(forks, number)
             os.kill(actors["executor"], signal.SIGKILL)
             assert stream.completion().ids == whole.ids
