@@ -40,6 +40,7 @@ class EngineConfig:
     )
     secret_key: str | None = _setting(None, "file of the server's secret key: `penstock keys new server`; clients then need keys, too")
     client_keys: str | None = _setting(None, "folder of the clients' public keys, NAME.key each; read again whenever it changes")
+    operators: str | None = _setting(None, "users, separated by commas, who may drain it and restart its actors; without keys: everyone")
     directory: str | None = _setting(None, "folder of the engine's own sockets (mode 0700); none: a new one")
     max_open: int = _setting(4096, "most open requests; more are refused with Overloaded")
     max_open_per_client: int = _setting(2048, "most open requests of one client or, with keys, of one user")
@@ -93,6 +94,8 @@ class EngineConfig:
         if (self.secret_key is None) != (self.client_keys is None):
             name = "secret_key" if self.secret_key is None else "client_keys"
             raise _bad(name, None, "given together with " + ("client_keys" if self.secret_key is None else "secret_key"))
+        if self.operators is not None and (self.secret_key is None or not all(map(str.strip, self.operators.split(",")))):
+            raise _bad("operators", self.operators, "names of users, separated by commas, of an engine that demands keys")
         if self.address is not None:
             self._check_address(self.address)
 

@@ -12,7 +12,7 @@ from penstock.actors.errors import Fault
 from penstock.actors.forkserver import ForkServer
 from penstock.actors.log import Log
 from penstock.actors.mailbox import Mailbox
-from penstock.actors.messages import Died, Heartbeat, Peers, Ready, Stop, Up
+from penstock.actors.messages import Died, Heartbeat, Order, Peers, Ready, Stop, Up
 from penstock.actors.worker import ProcessWorker, ThreadWorker, Worker
 from penstock.actors.workplace import Workplace
 
@@ -64,7 +64,8 @@ class Crew:
         )  # fmt: skip
         before = self.workers.get(key)
         worker: Worker = ThreadWorker(post, self._context) if self._forks is None else ProcessWorker(post, self._forks)
-        worker.failed_starts = 0 if before is None else before.failed_starts
+        if before is not None:
+            worker.failed_starts, worker.relieves = before.failed_starts, before.by_hand
         self.workers[key] = worker
 
     def _open_forks(self) -> None:
@@ -115,7 +116,10 @@ class Crew:
         if self._forks is not None:
             self._births(self._forks, now)
         for key, worker in list(self.workers.items()):
-            if worker.restart_at is None and worker.fault is None:
+            if worker.leave_by is not None:
+                if now >= worker.leave_by:
+                    worker.kill()
+            elif worker.restart_at is None and worker.fault is None:
                 self._judge(key, worker, now)
             if worker.restart_at is not None:
                 if now >= worker.restart_at:
@@ -142,6 +146,12 @@ class Crew:
         if worker.pidfd is not None:
             self.mail.unwatch(worker.pidfd)
         worker.close()
+        if worker.by_hand:
+            self.log.info("restarted by hand", kind=key[0], index=key[1], death=worker.death())
+            worker.up = False
+            self.announce()
+            self._hire(key)
+            return
         fault = worker.fault or Fault(code="engine_fault", message=f"the {key[0]} died: {worker.death()}", actor=key[0])
         self.log.error("actor died", kind=key[0], index=key[1], death=worker.death(), why=fault.message)
         if fault.code == "out_of_memory" and worker.ready:
@@ -158,6 +168,21 @@ class Crew:
         self.announce()
         if worker.restart_at <= now:
             self._hire(key)
+
+    def restart(self, order: Order, now: float) -> None:
+        """Replace an actor that an operator does not like; who is gone already is left in peace, however often the order is repeated."""
+        key = order.kind, order.index
+        worker = self.workers.get(key)
+        if worker is None or worker.post.incarnation != order.incarnation or worker.by_hand:
+            return
+        self.log.info("restarting by hand", kind=order.kind, index=order.index, incarnation=order.incarnation, by=order.by)
+        if worker.restart_at is not None:
+            worker.restart_at = now  # it is dead already
+            return
+        worker.by_hand, worker.leave_by = True, now  # who does not listen yet, or is not even born, cannot be told
+        if worker.up:
+            worker.leave_by = now + STOP_S
+            self.mail.send(key, Stop())
 
     def dismiss(self) -> None:
         """End everyone: in order, and who is still there after `STOP_S` seconds at once."""

@@ -27,6 +27,7 @@ from penstock.actors.messages import (
     Accepted,
     Begin,
     Cancel,
+    Control,
     Drain,
     Encoded,
     Failed,
@@ -46,6 +47,7 @@ from penstock.actors.messages import (
     Welcome,
 )
 from penstock.actors.meter import Meter
+from penstock.actors.orders import read_order
 from penstock.actors.resolve import Model, Resolved
 from penstock.actors.sessions import Session, Sessions
 from penstock.actors.status import list_requests, status_report
@@ -91,7 +93,7 @@ class GatewayActor(Actor):
         self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
             Generate: self._generate, Cancel: self._cancel, Renew: lambda session, message: session.acknowledge(message.received),
             List: self._list, Status: lambda session, message: self._answer(session, self._report(message)),
-            Goodbye: lambda session, _: self._leave(session),
+            Control: self._control, Goodbye: lambda session, _: self._leave(session),
         }  # fmt: skip
         return {}
 
@@ -228,7 +230,7 @@ class GatewayActor(Actor):
             elif isinstance(message, Generate) and (not self._reads(session, now) or verdict == "too much"):
                 self.totals["failed"] += 1
                 self._answer(session, Failed(message.request, _too_much(meter.turn(identity))))
-            elif not isinstance(message, List | Status) or self._reads(session, now):
+            elif not isinstance(message, List | Status | Control) or self._reads(session, now):
                 self.calls[type(message)](session, message)
         except WireError as error:
             self.door.send(identity, Failed(None, Fault(code=error.code, message=str(error)).to_wire()))
@@ -480,7 +482,17 @@ class GatewayActor(Actor):
     def _list(self, session: Session, message: List) -> None:
         self._answer(session, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
 
-    def _report(self, message: Status) -> Report:
+    def _control(self, session: Session, message: Control) -> None:
+        try:
+            order = read_order(message, session.user, session.user or session.name, self.config, self.vitals)
+        except Refusal as refusal:
+            self._answer(session, Report(message.query, {"error": refusal.fault.to_wire()}))
+            return
+        self.tell(order)
+        self.draining = self.draining or order.order == "drain"  # at once, so that the answer says so
+        self._answer(session, self._report(message))
+
+    def _report(self, message: Status | Control) -> Report:
         state = "draining" if self.draining else "ready" if self.opened else "starting"
         counts = {"open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs), **self.totals}
         return Report(message.query, status_report(state, self.model, counts, len(self.sessions), self.vitals))

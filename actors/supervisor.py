@@ -27,7 +27,7 @@ from penstock.actors.crew import Crew
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.log import open_log
 from penstock.actors.mailbox import Mailbox
-from penstock.actors.messages import Died, Drain, Heartbeat, Ready, Record, Up, Vitals
+from penstock.actors.messages import Died, Drain, Heartbeat, Order, Ready, Record, Up, Vitals
 from penstock.actors.workplace import Workplace
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -54,6 +54,7 @@ class Supervisor:
         self._signals: int | None = None
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             Up: self._up, Ready: self._ready, Heartbeat: self._heartbeat, Died: self._died,
+            Order: self._order,
         }  # fmt: skip
 
     def run(self) -> int:
@@ -103,9 +104,9 @@ class Supervisor:
             self.stopping = self.stopping or "drained"
             return
         if message.facts.get("open"):  # the gateway has met everyone and takes requests
+            self._tell_vitals(time.monotonic())  # so that the first to ask for the status finds everybody
             if not self.crew.started:
                 self.crew.started = True
-                self._tell_vitals(time.monotonic())  # so that the first to ask for the status finds everybody
                 self.log.info("engine ready", address=self.door)
                 self.report({"ready": self.door, "directory": str(self.workplace.path), "pid": os.getpid()})
             return
@@ -113,6 +114,7 @@ class Supervisor:
         self.crew.announce()
         if self.drain_until is not None:
             self.mail.send(GATEWAY, Drain())  # one that was started anew does not know
+        self._tell_vitals(time.monotonic())
 
     def _heartbeat(self, message: Heartbeat) -> None:
         worker = self.crew.sender(message)
@@ -123,6 +125,13 @@ class Supervisor:
         worker = self.crew.sender(message)
         if worker is not None:
             worker.fault = Fault.from_wire(message.error)
+
+    def _order(self, message: Order) -> None:
+        if message.order == "restart":
+            self.crew.restart(message, time.monotonic())
+            self._tell_vitals(time.monotonic())
+        elif self.drain_until is None:  # said again it must not do what a second signal does
+            self.stop(f"drained by {message.by or 'an operator'}")
 
     # ── the loop ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 

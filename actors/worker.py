@@ -32,6 +32,9 @@ class Worker(ABC):
         self.fault: Fault | None = None
         self.failed_starts = 0  # in a row: deaths before it was ready
         self.restart_at: float | None = None
+        self.leave_by: float | None = None  # it was told to end, or said that it will
+        self.by_hand = False  # it was told to end by an operator, who wants another
+        self.relieves = False  # it came for one that was: nothing that one did was the cause of its end
         self.pidfd: int | None = None
         self.pid = os.getpid()
 
@@ -74,10 +77,11 @@ class Worker(ABC):
 
     def row(self) -> tuple[Any, ...]:
         post = self.post
-        return post.kind, post.index, post.incarnation, post.address, self.ready, self.facts
+        return post.kind, post.index, post.incarnation, post.address, self.ready, {**self.facts, "relieves": self.relieves}
 
     def vitals(self, now: float, stall_timeout: float) -> tuple[Any, ...]:
-        state = "restarting" if self.restart_at is not None else "starting" if not self.ready else "ready"
+        leaving = self.restart_at is not None or self.leave_by is not None
+        state = "restarting" if leaving else "starting" if not self.ready else "ready"
         if self.stalled(now, stall_timeout) is not None:
             state = "stalled"
         return self.post.kind, self.post.index, self.post.incarnation, state, self.pid, self.progress, self.load
