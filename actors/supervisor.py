@@ -125,6 +125,7 @@ class Supervisor:
         worker = self.crew.sender(message)
         if worker is not None:
             worker.fault = Fault.from_wire(message.error)
+            worker.leave_by = time.monotonic() + self.config.stall_timeout  # it says so last: what is left may hang all the same
 
     def _order(self, message: Order) -> None:
         if message.order == "restart":
