@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ def test_an_actor_that_freezes_before_its_first_word_is_replaced(tmp_path: Path,
         raw = connect(engine.address)
         raw.hello()
         victim = next(row["pid"] for row in raw.status()["actors"] if row["kind"] == "tokenizer")
-        raw.generate("running", ids=array("i", [1, 2]).tobytes(), params={"max_tokens": 20_000})
         log.rename(tmp_path / "before.jsonl")
         os.mkfifo(log)  # who opens its log waits for somebody who reads it
         before = {child.pid for child in psutil.Process(engine.pid).children()}
@@ -61,6 +59,5 @@ def test_an_actor_that_freezes_before_its_first_word_is_replaced(tmp_path: Path,
         log.unlink()
         log.touch()
         assert raw.done("waiting")["generated_tokens"] == 5
-        assert raw.done("running")["generated_tokens"] == 20_000
     (late,) = read_events(tmp_path / "before.jsonl", "not ready")
     assert (late["kind"], late["up"]) == ("tokenizer", False)
