@@ -40,6 +40,7 @@ class EngineConfig:
     )
     secret_key: str | None = _setting(None, "file of the server's secret key: `penstock keys new server`; clients then need keys, too")
     client_keys: str | None = _setting(None, "folder of the clients' public keys, NAME.key each; read again whenever it changes")
+    operators: str | None = _setting(None, "users, separated by commas, who may drain it and restart its actors; without keys: everyone")
     directory: str | None = _setting(None, "folder of the engine's own sockets (mode 0700); none: a new one")
     max_open: int = _setting(4096, "most open requests; more are refused with Overloaded")
     max_open_per_client: int = _setting(2048, "most open requests of one client or, with keys, of one user")
@@ -51,6 +52,8 @@ class EngineConfig:
     window: int = _setting(64, "chunk messages that a client may leave unacknowledged")
     drain_timeout: float = _setting(30.0, "longest wait for open requests when stopping")
     stall_timeout: float = _setting(10.0, "an actor without a heartbeat for this long is stalled")
+    # 140 GB from a disk of 100 MB/s take 1400 s. One that is only slow must never be taken for one that hangs: it would begin anew.
+    start_timeout: float = _setting(1800.0, "an actor that is not ready this long after its start is started anew")
     threads: int | None = _setting(None, "CPU threads of the executor; none: all cores")
     seed: int = _setting(0, "of random weights")
     record_ring: int = _setting(32, "MiB of memory for the flight recorder, which keeps the scheduler's last inputs; 0: none")
@@ -85,12 +88,14 @@ class EngineConfig:
             raise _bad("memory", self.memory, "a number above 0, or nothing")
         if not isinstance(self.record_ring, int) or self.record_ring < 0:
             raise _bad("record_ring", self.record_ring, "an integer of 0 or more")
-        for name in ("lease", "drain_timeout", "stall_timeout", "message_rate", "byte_rate"):
+        for name in ("lease", "drain_timeout", "stall_timeout", "start_timeout", "message_rate", "byte_rate"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise _bad(name, getattr(self, name), "a number above 0")
         if (self.secret_key is None) != (self.client_keys is None):
             name = "secret_key" if self.secret_key is None else "client_keys"
             raise _bad(name, None, "given together with " + ("client_keys" if self.secret_key is None else "secret_key"))
+        if self.operators is not None and (self.secret_key is None or not all(map(str.strip, self.operators.split(",")))):
+            raise _bad("operators", self.operators, "names of users, separated by commas, of an engine that demands keys")
         if self.address is not None:
             self._check_address(self.address)
 

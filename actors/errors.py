@@ -18,6 +18,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "overloaded": (True, "a limit is reached: try again after `retry_after` seconds"),
     "unavailable": (True, "the engine is not ready, or lost a part and is recovering it"),
     "draining": (True, "the engine finishes what is open and takes nothing new: use another one"),
+    "unauthorized": (False, "only an operator of the engine may order this"),
     "lease_expired": (True, "the client was silent for longer than its lease"),
     "out_of_memory": (True, "a step did not fit the device's memory: the engine goes on with smaller ones"),
     "engine_fault": (False, "the engine failed on this request"),

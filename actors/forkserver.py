@@ -42,9 +42,15 @@ class ForkServer:
                 stdout=sys.stderr,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy would start its threads when it is imported; nobody uses them
             )
+        self._owed: dict[int, str] = {}  # incarnation → kind of those asked for and not born yet; it makes them one by one, in this order
+        self._made: set[str] = set()  # kinds of those born
+        self._since = 0.0  # when it had nothing to do but the first of them
 
     def ask(self, post: Post, death: int) -> None:
         """Ask for an actor that holds the descriptor `death`. Whether it comes is known only by `born`."""
+        if not self._owed:
+            self._since = time.monotonic()
+        self._owed[post.incarnation] = post.kind
         with suppress(BrokenPipeError, ConnectionResetError):
             socket.send_fds(self.control, [post_to_json(post).encode()], [death])
 
@@ -54,8 +60,20 @@ class ForkServer:
             message = self.control.recv(MOST_BYTES, socket.MSG_DONTWAIT)
             if message:
                 incarnation, pid = json.loads(message)
+                self._made.add(self._owed.pop(incarnation))
+                self._since = time.monotonic()
                 return incarnation, pid
         return None
+
+    def stalled(self, now: float, forking: float, importing: float) -> float | None:
+        """For how long it has been at one actor, if that is too long: longer than `forking` seconds, or `importing` for the first of all
+        and the first executor, before which it imports what they need."""
+        kind = next(iter(self._owed.values()), None)
+        if kind is None:
+            return None
+        imports = not self._made or (kind == "executor" and kind not in self._made)
+        still = now - self._since
+        return still if still > (importing if imports else forking) else None
 
     def gone(self) -> bool:
         return self._process.poll() is not None

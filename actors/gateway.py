@@ -15,6 +15,7 @@ from penstock.actors.messages import (
     Accepted,
     Begin,
     Cancel,
+    Control,
     Drain,
     Encoded,
     Failed,
@@ -31,6 +32,7 @@ from penstock.actors.messages import (
     Vitals,
     Welcome,
 )
+from penstock.actors.orders import read_order
 from penstock.actors.reception import Reception
 from penstock.actors.request import Entry, OpenRequest
 from penstock.actors.resolve import Model
@@ -65,7 +67,7 @@ class GatewayActor(Actor):
         self.awaits[Begin] = lambda begin: ((SCHEDULER, begin.incarnation),)
         self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
             Generate: self._generate, Cancel: self._cancel, Renew: self._renew, List: self._list, Status: self._status,
-            Goodbye: lambda session, _: self._leave(session),
+            Control: self._control, Goodbye: lambda session, _: self._leave(session),
         }  # fmt: skip
         return {}
 
@@ -214,8 +216,18 @@ class GatewayActor(Actor):
     def _list(self, session: Session, message: List) -> None:
         self.reception.answer(session, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
 
-    def _status(self, session: Session, message: Status) -> None:
+    def _status(self, session: Session, message: Status | Control) -> None:
         self.reception.answer(session, self._report(message))
+
+    def _control(self, session: Session, message: Control) -> None:
+        try:
+            order = read_order(message, session.user, session.user or session.name, self.config, self.vitals)
+        except Refusal as refusal:
+            self.reception.answer(session, Report(message.query, {"error": refusal.fault.to_wire()}))
+            return
+        self.tell(order)
+        self.draining = self.draining or order.order == "drain"  # at once, so that the answer says so
+        self._status(session, message)
 
     def _leave(self, session: Session) -> None:
         for request in list(session.requests.values()):
@@ -312,7 +324,7 @@ class GatewayActor(Actor):
     def _keep_vitals(self, message: Vitals) -> None:
         self.vitals = message.actors
 
-    def _report(self, message: Status) -> Report:
+    def _report(self, message: Status | Control) -> Report:
         state = "draining" if self.draining else "ready" if self.opened else "starting"
         counts = {
             **self.totals, "open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs),

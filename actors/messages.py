@@ -4,10 +4,10 @@ Columns are little-endian buffers (`bytes`): one message a step whatever the num
 gateway keeps a request (its high 32 bits are the gateway's incarnation), `attempt` counts how often it was handed over; a row is
 fresh only if both are current. Times are seconds; those that are points in time are on the machine's monotonic clock.
 
-    client  ══ Hello, Generate, Cancel, Renew, List, Status ══▶ gateway ══ Welcome, Accepted, Chunks, Failed, … ══▶ client
+    client  ══ Hello, Generate, Cancel, Renew, List, Status, Control ══▶ gateway ══ Welcome, Accepted, Chunks, Failed, … ══▶ client
     gateway ── Encode ──▶ tokenizer ── Encoded ──▶ gateway ── Submit, Abort ──▶ scheduler ── Begin ──▶ gateway
     scheduler ── Step ──▶ executor ── StepDone ──▶ scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway ── Journaled ──▶ scheduler
-    every actor ── Up, Ready, Heartbeat, Died ──▶ supervisor ── Peers, Vitals, Drain, Record, Stop ──▶ every actor
+    every actor ── Up, Ready, Heartbeat, Died, Order ──▶ supervisor ── Peers, Vitals, Drain, Record, Stop ──▶ every actor
 """
 
 from __future__ import annotations
@@ -133,11 +133,22 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """An operator's order: `drain`, or `restart` for the actor of this name, if it is still the start of it that had the number
+    `incarnation`: so an order may be said again. Answered by a `Report`, with nothing but an `error` if it is refused."""
+
+    query: int
+    order: str
+    actor: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Goodbye:
     """The client leaves: its requests end now. From the gateway: the connection is not known there (any more); say Hello again."""
 
 
-TO_GATEWAY = Catalogue({1: Hello, 2: Generate, 3: Cancel, 4: Renew, 5: List, 6: Status, 7: Goodbye})
+TO_GATEWAY = Catalogue({1: Hello, 2: Generate, 3: Cancel, 4: Renew, 5: List, 6: Status, 7: Goodbye, 8: Control})
 TO_CLIENT = Catalogue({1: Welcome, 2: Accepted, 3: Chunks, 4: Failed, 5: Listing, 6: Report, 7: Goodbye})
 
 # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -205,6 +216,17 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """From the gateway: what an operator wants, as in `Control`; `by` is who that is, for the log."""
+
+    order: str
+    kind: str
+    index: int
+    incarnation: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """To the scheduler: write down what the flight recorder holds."""
 
@@ -265,7 +287,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The scheduler holds nothing, or lost a peer it depends on: hand everything over (again). If that was an executor, `flying` are the
+    """The scheduler holds nothing, or lost a peer it depends on: hand everything over (again). If an executor died, `flying` are the
     handles (int64) of the streams that were in a launched step of it."""
 
     incarnation: int
@@ -355,7 +377,7 @@ class Journaled:
 
 INSIDE = Catalogue(
     {
-        1: Up, 2: Ready, 3: Heartbeat, 4: Died, 5: Peers, 6: Vitals, 7: Drain, 8: Stop, 9: Record,
+        1: Up, 2: Ready, 3: Heartbeat, 4: Died, 5: Peers, 6: Vitals, 7: Drain, 8: Stop, 9: Record, 10: Order,
         20: Encode, 21: Encoded, 22: Submit, 23: Abort, 24: Begin, 25: Step, 26: StepDone, 27: Emitted, 28: Released, 29: Journaled,
     }
 )  # fmt: skip

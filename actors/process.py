@@ -1,8 +1,8 @@
 """The process around an actor: forked for the supervisor, gone with it.
 
 Every child dies with its parent: it holds the read end of a pipe whose write end only the supervisor has, and ends when that end is
-closed, however the supervisor died. The executor also asks the kernel to kill it (PR_SET_PDEATHSIG): it may be deep in a driver call
-that lets no thread of Python run.
+closed, however the supervisor died. A byte in it says that only this actor is to end. The executor also asks the kernel to kill it
+(PR_SET_PDEATHSIG): it may be deep in a driver call that lets no thread of Python run.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def post_from_json(text: str) -> Post:
 
 
 def die_with_parent(death: int, directory: str) -> None:
-    """End this process when the other end of the pipe `death` is closed; remove the sockets' folder, which nobody else will."""
+    """End this process when the other end of the pipe `death` is closed; remove the sockets' folder, which nobody else will. If a byte
+    came first, the engine lives on and needs its folder."""
 
     def watch() -> None:
-        os.read(death, 1)
-        shutil.rmtree(directory, ignore_errors=True)
+        if not os.read(death, 1):
+            shutil.rmtree(directory, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="death", daemon=True).start()

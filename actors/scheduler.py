@@ -51,7 +51,8 @@ class SchedulerActor(Actor):
         executor = self.peers.get(EXECUTOR)
         if executor is not None and executor.ready and executor.incarnation != self.executor:
             self.executor = executor.incarnation
-            self.flying += self.scheduler.flying_handles() if self.scheduler is not None else []
+            if self.scheduler is not None and not executor.facts.get("relieves"):
+                self.flying += self.scheduler.flying_handles()
             self.scheduler = self._new_scheduler(executor.facts)
             self.opens.clear()
             self.commits.clear()

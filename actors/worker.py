@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -27,10 +28,13 @@ class Worker(ABC):
         self.facts: dict[str, Any] = {}
         self.load: dict[str, Any] = {}
         self.progress = 0
-        self.beat = self.moved = time.monotonic()
+        self.begun = self.beat = self.moved = time.monotonic()
         self.fault: Fault | None = None
         self.failed_starts = 0  # in a row: deaths before it was ready
         self.restart_at: float | None = None
+        self.leave_by: float | None = None  # it was told to end, or said that it will
+        self.by_hand = False  # it was told to end by an operator, who wants another
+        self.relieves = False  # it came for one that was: nothing that one did was the cause of its end
         self.pidfd: int | None = None
         self.pid = os.getpid()
 
@@ -42,7 +46,7 @@ class Worker(ABC):
         """How it ended, for people."""
 
     def killed(self) -> bool:
-        """Whether somebody else ended it, which says nothing about how it would have done."""
+        """Whether it was killed: unless that was our doing, it says nothing about how it would have done."""
         return False
 
     def kill(self) -> None:  # noqa: B027  a thread cannot be killed
@@ -66,12 +70,18 @@ class Worker(ABC):
         still = now - min(self.beat, self.moved)
         return still if self.ready and still > timeout else None
 
+    def late(self, now: float, timeout: float) -> float | None:
+        """For how long it has been starting, if that is too long. An actor cannot beat while it loads: only the clock can tell."""
+        since = now - self.begun
+        return since if not self.ready and since > timeout else None
+
     def row(self) -> tuple[Any, ...]:
         post = self.post
-        return post.kind, post.index, post.incarnation, post.address, self.ready, self.facts
+        return post.kind, post.index, post.incarnation, post.address, self.ready, {**self.facts, "relieves": self.relieves}
 
     def vitals(self, now: float, stall_timeout: float) -> tuple[Any, ...]:
-        state = "restarting" if self.restart_at is not None else "starting" if not self.ready else "ready"
+        leaving = self.restart_at is not None or self.leave_by is not None
+        state = "restarting" if leaving else "starting" if not self.ready else "ready"
         if self.stalled(now, stall_timeout) is not None:
             state = "stalled"
         return self.post.kind, self.post.index, self.post.incarnation, state, self.pid, self.progress, self.load
@@ -92,8 +102,11 @@ class ProcessWorker(Worker):
 
     def born(self, pid: int) -> int:
         """It has this process id. Returns its pidfd, readable when it is gone."""
-        self.pid, self.pidfd = pid, os.pidfd_open(pid)
+        self.pid, self.pidfd, self.begun = pid, os.pidfd_open(pid), time.monotonic()
         return self.pidfd
+
+    def late(self, now: float, timeout: float) -> float | None:
+        return super().late(now, timeout) if self.pid else None  # until it is born, the fork server is late
 
     def gone(self) -> bool:
         if self._status is None and self.pid:
@@ -115,6 +128,9 @@ class ProcessWorker(Worker):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
+        if self._death >= 0:
+            with suppress(BrokenPipeError):
+                os.write(self._death, b".")  # born unnoticed, it would take the pipe's end for ours
         for descriptor in (self.pidfd, self._death):
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)

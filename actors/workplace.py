@@ -51,6 +51,10 @@ class Workplace:
             os.close(self._lock)
             raise Refusal("start_error", f"an engine is running in {self.path}", field="directory", value=str(self.path)) from error
 
+    def address(self, scheme: str, name: str) -> str:
+        """One that was never used before."""
+        return f"{scheme}{self.path}/{name}.{secrets.token_hex(3)}"
+
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)

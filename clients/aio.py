@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,11 +14,13 @@ from penstock.clients.address import default_address
 from penstock.clients.aio_map import map_prompts
 from penstock.clients.aio_stream import AsyncStream, Bell
 from penstock.clients.connection import Connection
+from penstock.clients.control import EVERY_S, Restart, drain
 from penstock.clients.errors import ClientClosed
 from penstock.clients.inbox import Inbox, restore
 from penstock.clients.link import Keys
 from penstock.clients.order import Message, Prompt, build, check_positive, refuse
 from penstock.clients.pump import Pump, running_here
+from penstock.clients.query import Question
 from penstock.clients.values import Completion, Outcome
 
 
@@ -123,6 +125,20 @@ class AsyncClient:
         """The engine's report: state, model, requests, tokens, scheduler, actors."""
         return dict(await self._ask(Status))
 
+    async def drain(self) -> int:
+        """Have the engine finish what is open, refuse what is new with `Draining`, and then end. Returns how many requests are open, once
+        it does so. Harmless twice. Raises `Unauthorized` for one who is not an operator of an engine with keys."""
+        report = await self._ask(drain)
+        return int(report["requests"]["open"])
+
+    async def restart(self, actor: str) -> dict[str, Any]:
+        """Replace one actor of the engine, such as `executor` or `tokenizer/1`; no stream is lost. Returns its row of the status when the
+        new one is ready. Raises `InvalidRequest` for a name that nobody has, and `Unauthorized` as `drain` does."""
+        restart = Restart(actor)
+        while (row := restart.take(await self._ask(restart.question))) is None:
+            await asyncio.sleep(EVERY_S)
+        return row
+
     def map(
         self,
         prompts: Iterable[Any] | AsyncIterable[Any],
@@ -146,10 +162,10 @@ class AsyncClient:
         pump.start(inbox)
         return AsyncStream(pump, inbox, bell)
 
-    async def _ask(self, kind: type[List] | type[Status]) -> Any:
+    async def _ask(self, question: Callable[[int], Question]) -> Any:
         pump, bell = self._here(), Bell()
         bell.future = pump.loop.create_future()
-        query = pump.connection.ask(kind, bell.ring, pump.loop.time())
+        query = pump.connection.ask(question, bell.ring, pump.loop.time())
         pump.kick()
         await bell.future
         if query.error is not None:

@@ -33,7 +33,7 @@ from penstock.clients.errors import (
 from penstock.clients.inbox import Inbox
 from penstock.clients.order import encode
 from penstock.clients.pulse import Pulse
-from penstock.clients.query import Query
+from penstock.clients.query import Query, Question
 from penstock.clients.streams import Streams
 
 _PROBE = 0  # the number of the query that asks for a sign of life, and whether what is open here is open there
@@ -139,10 +139,11 @@ class Connection:
         if self.ready:
             self._send(frame, now)
 
-    def ask(self, kind: type[wire.List] | type[wire.Status], wake: Callable[[], None], now: float) -> Query:
+    def ask(self, question: Callable[[int], Question], wake: Callable[[], None], now: float) -> Query:
+        """Ask, and ask again over each new link until there is an answer. `question` makes the message, given its number."""
         if self.error is not None:
             raise self.error.again()
-        query = Query(kind(self._next_query), wake, now)
+        query = Query(question(self._next_query), wake, now)
         self._queries[self._next_query] = query
         self._next_query += 1
         if self.ready:
@@ -207,6 +208,9 @@ class Connection:
                 self.lost(now)  # what it said last was lost on the way: it is said again on resuming
         elif kind is wire.Listing or kind is wire.Report:
             query = self._queries.pop(message.query, None)
+            if query is not None and kind is wire.Report and "error" in message.report:
+                query.error = from_wire(message.report["error"])
+                return [query]
             if query is not None:
                 query.answer = message.requests if kind is wire.Listing else message.report
                 return [query]
@@ -266,6 +270,11 @@ class Connection:
         if message.request is None:
             if isinstance(error, VersionMismatch):
                 return self._break(error, now)
+            orders = [query for query in self._queries.values() if isinstance(query.message, wire.Control)]
+            if error.code == "unknown_message" and orders:  # the engine is older than orders are
+                for query in orders:
+                    self._fail_one(query, error, now)
+                return [*orders]
             # About a message that it could not tie to a request: it can only be one that it has not answered.
             unheard: News = [one for one in self._inboxes.values() if not one.answered]
             for one in unheard:

@@ -18,7 +18,7 @@
     ├── EngineFault              the engine failed on this request; `actor` names the part
     ├── ProtocolError            the peer sent what is no message, or took ours for none
     │   └── VersionMismatch      the peer speaks another version of the protocol
-    ├── Unauthorized             the engine does not know this client's key (any more)
+    ├── Unauthorized             the engine does not know this client's key (any more), or its user may not order that
     ├── StartError               an engine could not start
     │   └── ModelError           because the model's files are missing, broken or not supported
     ├── ClientClosed             the client was closed while it was used, or is used outside its event loop
@@ -181,7 +181,8 @@ class VersionMismatch(ProtocolError):
 
 
 class Unauthorized(PenstockError):
-    """The engine does not know this client's key, or not any more: whoever runs it has to let the key in."""
+    """The engine does not know this client's key, or not any more: whoever runs it has to let the key in. Or only its operators may order
+    what was ordered."""
 
     default_code = "unauthorized"
 
@@ -212,7 +213,8 @@ class OutputError(PenstockError):
 
 _KINDS: tuple[type[PenstockError], ...] = (
     InvalidRequest, PromptTooLong, DuplicateRequest, UnknownAdapter, TemplateError, DigestMismatch, MessageTooLarge, NotFound,
-    Overloaded, Unavailable, Draining, LeaseExpired, ConnectionLost, EngineFault, ProtocolError, VersionMismatch, StartError, ModelError,
+    Overloaded, Unavailable, Draining, LeaseExpired, ConnectionLost, EngineFault, ProtocolError, VersionMismatch, Unauthorized, StartError,
+    ModelError,
 )  # fmt: skip
 _BY_CODE = {kind.default_code: kind for kind in _KINDS} | {
     "too_many_elements": MessageTooLarge,

@@ -34,11 +34,11 @@ def launch(model: str = "tiny", *, start_timeout: float | None = None, keys: Key
 
     `config` are the fields of `EngineConfig`; `keys` are the client's, if those make the engine ask for them. Whatever becomes of this
     process, the engine ends with it: it holds the other end of a pipe. Raises what kept the engine from starting: `InvalidRequest` for a
-    setting, `ModelError` for the model, `StartError` for all else, also if it is not ready within `start_timeout` seconds (none: as long
-    as it takes)."""
+    setting, `ModelError` for the model, `StartError` for all else, also if it is not ready within `start_timeout` seconds, which hold for
+    each start of an actor, too (none: as `EngineConfig` has it)."""
     from penstock.clients.sync import Client
 
-    with Engine(model, **config) as engine:
+    with Engine(model, **_timed(start_timeout), **config) as engine:
         engine.wait(start_timeout)
         with Client(engine.address, name="launch", keys=keys) as client:
             yield client
@@ -51,7 +51,7 @@ async def alaunch(
     """`async with alaunch(model="tiny") as client: …`: like `launch`, for asyncio."""
     from penstock.clients.aio import AsyncClient
 
-    engine = Engine(model, **config)
+    engine = Engine(model, **_timed(start_timeout), **config)
     try:
         await engine.wait_async(start_timeout)
         async with AsyncClient(engine.address, name="launch", keys=keys) as client:
@@ -171,6 +171,10 @@ class Engine:
                 raise from_wire(report["error"])
             self.address = str(report["ready"]).replace("tcp://*:", "tcp://127.0.0.1:")  # one that can be connected to
         return bool(self.address)
+
+
+def _timed(start_timeout: float | None) -> dict[str, float]:
+    return {} if start_timeout is None else {"start_timeout": start_timeout}
 
 
 def _ring(future: asyncio.Future[None]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from penstock.actors.messages import List, Status
+from penstock.actors.messages import Control, List, Status
 from penstock.clients.errors import PenstockError
+
+Question = List | Status | Control
 
 
 class Query:
@@ -14,7 +16,7 @@ class Query:
 
     __slots__ = ("answer", "error", "message", "since", "wake")
 
-    def __init__(self, message: List | Status, wake: Callable[[], None], now: float) -> None:
+    def __init__(self, message: Question, wake: Callable[[], None], now: float) -> None:
         self.message, self.wake, self.since = message, wake, now
         self.answer: Any = None
         self.error: PenstockError | None = None

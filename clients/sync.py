@@ -6,17 +6,19 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from penstock.actors.messages import Generate, List, Status
 from penstock.clients.address import default_address
 from penstock.clients.connection import Connection
+from penstock.clients.control import EVERY_S, Restart, drain
 from penstock.clients.errors import ClientClosed
 from penstock.clients.inbox import Inbox, restore
 from penstock.clients.link import Keys
 from penstock.clients.order import Message, Prompt, build, check_positive, refuse
+from penstock.clients.query import Question
 from penstock.clients.sync_map import map_prompts
 from penstock.clients.sync_stream import Stream
 from penstock.clients.thread import Pump
@@ -123,6 +125,20 @@ class Client:
         """The engine's report: state, model, requests, tokens, scheduler, actors."""
         return dict(self._ask(Status))
 
+    def drain(self) -> int:
+        """Have the engine finish what is open, refuse what is new with `Draining`, and then end. Returns how many requests are open, once
+        it does so. Harmless twice. Raises `Unauthorized` for one who is not an operator of an engine with keys."""
+        report = self._ask(drain)
+        return int(report["requests"]["open"])
+
+    def restart(self, actor: str) -> dict[str, Any]:
+        """Replace one actor of the engine, such as `executor` or `tokenizer/1`; no stream is lost. Returns its row of the status when the
+        new one is ready. Raises `InvalidRequest` for a name that nobody has, and `Unauthorized` as `drain` does."""
+        restart = Restart(actor)
+        while (row := restart.take(self._ask(restart.question))) is None:
+            time.sleep(EVERY_S)
+        return row
+
     def map(
         self, prompts: Iterable[Any], *, concurrency: int = 64, ordered: bool = True, retries: int = 10, **params: Any
     ) -> Iterator[Outcome]:
@@ -140,9 +156,9 @@ class Client:
         pump.start(inbox)
         return Stream(pump, inbox, bell)
 
-    def _ask(self, kind: type[List] | type[Status]) -> Any:
+    def _ask(self, question: Callable[[int], Question]) -> Any:
         pump, bell = self._here(), threading.Event()
-        query = pump.call(lambda connection, now: connection.ask(kind, bell.set, now))
+        query = pump.call(lambda connection, now: connection.ask(question, bell.set, now))
         bell.wait()
         if query.error is not None:
             raise query.error

@@ -6,6 +6,7 @@ import typer
 
 from penstock.clients.bench.command import app as bench
 from penstock.clients.cli.chat import chat
+from penstock.clients.cli.control import drain, restart
 from penstock.clients.cli.demo import demo
 from penstock.clients.cli.generate import generate
 from penstock.clients.cli.keys import app as keys
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for command in (serve, generate, chat, status, replay, demo):
+for command in (serve, generate, chat, status, drain, restart, replay, demo):
     app.command(epilog=STATUS_HELP)(command)
 
 app.add_typer(bench, name="bench")

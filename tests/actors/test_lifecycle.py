@@ -15,8 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
 
-from penstock.actors.messages import Accepted, Chunks, Renew
+from penstock.actors.mailbox import open_outbox
+from penstock.actors.messages import INSIDE, Accepted, Chunks, Died, Renew
 from penstock.clients.errors import InvalidRequest, PenstockError, StartError
 from penstock.clients.launcher import Engine
 
@@ -131,6 +133,23 @@ def test_streams_survive_the_death_of_any_actor_and_one_that_freezes(kind: str, 
                 time.sleep(0.1)  # streams may not have needed it
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["kind"] for line in lines if line["event"] == "stalled"] == [kind] * (number == signal.SIGSTOP)
+
+
+def test_an_actor_that_says_it_cannot_go_on_and_does_not_end_is_replaced(private: Path, connect: Callable[[str], Any]) -> None:
+    with Engine("tiny", executor="mock", stall_timeout=3.0, directory=str(private)) as engine:
+        engine.wait(60)
+        raw = connect(engine.address)
+        raw.hello()
+        row = next(row for row in raw.until(lambda report: bool(report["actors"]))["actors"] if row["kind"] == "tokenizer")
+        context: zmq.Context[Any] = zmq.Context()
+        (address,) = private.glob("*/supervisor.*")
+        outbox = open_outbox(context, f"ipc://{address}")
+        fault = {"code": "engine_fault", "message": "it is said for it, which goes on"}
+        outbox.send(INSIDE.encode(Died("tokenizer", row["index"], row["incarnation"], fault)))
+        raw.until(lambda report: any(one["incarnation"] > row["incarnation"] + 4 and one["state"] == "ready" for one in report["actors"]))
+        raw.generate("r", prompt="hello there", params={"max_tokens": 5})
+        assert raw.done("r")["generated_tokens"] == 5
+        context.destroy(linger=0)
 
 
 def test_draining_waits_for_a_slow_reader(connect: Callable[[str], Any]) -> None:
@@ -251,10 +270,11 @@ def test_logs_are_json_lines_that_name_their_actor(tmp_path: Path) -> None:
     assert all(line["event"] and line["level"] and line["timestamp"] for line in lines)
 
 
-def test_an_actor_comes_back_although_the_fork_server_was_killed_too() -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_actor_comes_back_although_the_fork_server_was_killed_too_or_froze(number: signal.Signals) -> None:
     from penstock.clients.sync import Client
 
-    with Engine("tiny", executor="mock") as engine:
+    with Engine("tiny", executor="mock", stall_timeout=3.0) as engine:
         engine.wait(60)
         with Client(engine.address) as client:
             actors = {row["kind"]: row["pid"] for row in client.status()["actors"]}
@@ -263,6 +283,6 @@ def test_an_actor_comes_back_although_the_fork_server_was_killed_too() -> None:
             stream = client.stream([5, 6, 7], max_tokens=8000)
             reading = iter(stream)  # dropping it would cancel the request
             assert next(reading).ids
-            os.kill(forks, signal.SIGKILL)
+            os.kill(forks, number)
             os.kill(actors["executor"], signal.SIGKILL)
             assert stream.completion().ids == whole.ids

@@ -48,3 +48,13 @@ def test_one_that_is_still_loading_is_not_stalled() -> None:
     made = worker()
     made.ready = False
     assert made.stalled(1e6, 10.0) is None
+
+
+def test_one_that_never_gets_ready_is_late_whether_or_not_it_ever_said_a_word() -> None:
+    made = worker()
+    made.ready, made.begun = False, 100.0
+    for made.up in (False, True):
+        assert made.late(399.0, 300.0) is None
+        assert made.late(401.0, 300.0) == 301.0
+    made.begin({}, 402.0)
+    assert made.late(1e6, 300.0) is None

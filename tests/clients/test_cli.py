@@ -34,7 +34,7 @@ def penstock(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 def test_help_names_every_command_and_every_parameter() -> None:
     shown = penstock("--help").stdout
-    for name in ("serve", "generate", "chat", "status", "replay", "demo"):
+    for name in ("serve", "generate", "chat", "status", "drain", "restart", "replay", "demo"):
         assert name in shown
     shown = penstock("generate", "--help").stdout
     for name in ("--temperature", "--stop-token-ids", "--ignore-eos", "--template-kwargs", "--input", "--as-completed"):
@@ -233,6 +233,25 @@ def test_serve_is_found_drains_on_ctrl_c_and_leaves_nothing(serving: tuple[subpr
     assert process.returncode == 0, said
     assert "draining" in said
     assert [path for path in runtime.rglob("*") if not path.is_dir()] == []
+
+
+def test_an_engine_is_repaired_and_drained_from_the_command_line(serving: tuple[subprocess.Popen[str], dict[str, str]]) -> None:
+    process, environment = serving
+    assert process.stdout is not None
+    address = process.stdout.readline().split()[-1]
+    with Client(address) as client:
+        stream = client.stream("a", max_tokens=20_000, ignore_eos=True)
+        next(reader := iter(stream))
+        restarted = penstock("restart", "scheduler", env=environment)
+        assert (restarted.returncode, "scheduler 0 is ready again" in restarted.stdout) == (0, True), restarted.stderr
+        nobody = penstock("restart", "nobody", env=environment)
+        assert (nobody.returncode, "must be one of tokenizer, detokenizer" in nobody.stderr) == (2, True), nobody.stderr
+        drained = penstock("drain", env=environment)
+        assert (drained.returncode, drained.stdout.startswith("draining: ")) == (0, True), drained.stderr
+        assert [chunk.finish_reason for chunk in reader][-1] == "length"
+        assert len(stream.completion().ids) == 20_000
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == 0, said
 
 
 def test_a_live_line_is_shown_in_a_terminal(runtime: Path) -> None:

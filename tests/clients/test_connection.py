@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from penstock.actors import messages as wire
 from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
 from penstock.clients.connection import Connection
+from penstock.clients.control import Restart, drain
 from penstock.clients.errors import (
     ClientClosed,
     ConnectionLost,
@@ -22,6 +23,7 @@ from penstock.clients.errors import (
     Overloaded,
     PenstockError,
     ProtocolError,
+    Unauthorized,
     VersionMismatch,
 )  # fmt: skip
 from penstock.clients.inbox import Inbox, restore
@@ -422,6 +424,41 @@ def test_questions_are_answered_also_over_a_new_link() -> None:
     wired.move()
     assert query.answer == ()
     assert query in wired.woken
+
+
+def test_an_order_that_is_refused_is_the_error_of_its_own_question_only() -> None:
+    wired = settled()
+    order, question = (wired.connection.ask(kind, nothing, wired.now) for kind in (drain, wire.Status))
+    refused = wire.Report(order.message.query, {"error": {"code": "unauthorized", "message": "no"}})
+    assert wired.connection.receive(TO_CLIENT.encode(refused), wired.now) == [order]
+    assert isinstance(order.error, Unauthorized)
+    wired.move()
+    assert question.answer == {"state": "ready"}
+
+
+def test_an_engine_that_knows_no_orders_fails_them_and_nothing_else() -> None:
+    wired = settled()
+    inbox, order = wired.open("a", max_tokens=5), wired.connection.ask(drain, nothing, wired.now)
+    answer = wire.Failed(None, {"code": "unknown_message", "message": "no message has the tag 8"})
+    assert wired.connection.receive(TO_CLIENT.encode(answer), wired.now) == [order]
+    assert isinstance(order.error, ProtocolError)
+    finish(wired, inbox)
+    assert inbox.error is None
+
+
+def test_an_actor_counts_as_replaced_once_a_later_start_of_it_is_ready() -> None:
+    def report(incarnation: int, state: str = "ready") -> dict[str, Any]:
+        return {"actors": [{"kind": "tokenizer", "index": 1, "incarnation": incarnation, "state": state}]}
+
+    restart = Restart("tokenizer/1")
+    assert restart.take({"actors": []}) is None  # a gateway that was not told yet who is there
+    assert restart.question(1) == wire.Status(1)
+    assert restart.take(report(5)) is None
+    assert restart.question(2) == wire.Control(2, "restart", "tokenizer/1", 5)
+    for answer in (report(5, "restarting"), {"actors": []}, report(6, "starting")):
+        assert restart.take(answer) is None
+    assert restart.question(3) == wire.Control(3, "restart", "tokenizer/1", 5)
+    assert restart.take(report(7)) == report(7)["actors"][0]
 
 
 def test_a_request_cancelled_before_it_began_is_cancelled_not_failed() -> None:

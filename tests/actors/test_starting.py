@@ -1,0 +1,63 @@
+"""Actors that never get ready: named, ended, and started anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from penstock.actors.keys import new_pair
+from penstock.clients.errors import StartError
+from penstock.clients.launcher import Engine
+
+
+def newest_child(pid: int, before: set[int]) -> psutil.Process:
+    """The first child of a process that was not there before."""
+    while True:
+        for child in psutil.Process(pid).children():
+            if child.pid not in before:
+                return child
+        time.sleep(0.001)
+
+
+def read_events(log: Path, *names: str) -> list[dict[str, Any]]:
+    return [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] in names]
+
+
+def test_an_engine_with_an_actor_that_hangs_while_it_starts_says_which(tmp_path: Path) -> None:
+    (tmp_path / "clients").mkdir(mode=0o755)
+    new_pair(tmp_path, "server")
+    secret = tmp_path / "server.key_secret"
+    secret.unlink()
+    os.mkfifo(secret, 0o600)  # the gateway waits for somebody who writes to it
+    config = {"secret_key": str(secret), "client_keys": str(tmp_path / "clients"), "start_timeout": 10.0}
+    with pytest.raises(StartError, match="gateway") as caught, Engine("tiny", executor="mock", **config) as engine:
+        engine.wait(60)
+    assert (caught.value.actor, caught.value.field) == ("gateway", "start_timeout")
+
+
+def test_an_actor_that_freezes_before_its_first_word_is_replaced(tmp_path: Path, connect: Callable[[str], Any]) -> None:
+    log = tmp_path / "log.jsonl"
+    with Engine("tiny", executor="mock", start_timeout=10.0, log_file=str(log)) as engine:
+        engine.wait(60)
+        raw = connect(engine.address)
+        raw.hello()
+        victim = next(row["pid"] for row in raw.status()["actors"] if row["kind"] == "tokenizer")
+        log.rename(tmp_path / "before.jsonl")
+        os.mkfifo(log)  # who opens its log waits for somebody who reads it
+        before = {child.pid for child in psutil.Process(engine.pid).children()}
+        os.kill(victim, signal.SIGKILL)
+        newest_child(engine.pid, before).suspend()
+        raw.generate("waiting", prompt="hello there", params={"max_tokens": 5})
+        log.unlink()
+        log.touch()
+        assert raw.done("waiting")["generated_tokens"] == 5
+    (late,) = read_events(tmp_path / "before.jsonl", "not ready")
+    assert (late["kind"], late["up"]) == ("tokenizer", False)
