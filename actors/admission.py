@@ -13,7 +13,8 @@ from penstock.actors.columns import int32
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.journal import Journal
-from penstock.actors.messages import Encode, Encoded, Generate
+from penstock.actors.messages import Encode, Encoded
+from penstock.actors.protocol import Generate
 from penstock.actors.request import OpenRequest
 from penstock.actors.resolve import Model, check_standing, own_tenant, resolve, resolved_from_wire
 from penstock.engine.chat import check_messages

@@ -13,7 +13,7 @@ import zmq
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Refusal
 from penstock.actors.keys import KeyFolder, read_pair
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY
 from penstock.actors.wire import Limits, WireError
 from penstock.actors.zap import DOMAIN, Zap
 

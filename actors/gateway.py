@@ -11,28 +11,9 @@ from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
 from penstock.actors.admission import Admission, Held
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.handover import HandOver
-from penstock.actors.messages import (
-    Accepted,
-    Begin,
-    Cancel,
-    Control,
-    Drain,
-    Encoded,
-    Failed,
-    Generate,
-    Goodbye,
-    Journaled,
-    List,
-    Listing,
-    Ready,
-    Released,
-    Renew,
-    Report,
-    Status,
-    Vitals,
-    Welcome,
-)
+from penstock.actors.messages import Begin, Drain, Encoded, Journaled, Ready, Released, Vitals
 from penstock.actors.orders import read_order
+from penstock.actors.protocol import Accepted, Cancel, Control, Failed, Generate, Goodbye, List, Listing, Renew, Report, Status, Welcome
 from penstock.actors.reception import Reception
 from penstock.actors.request import Entry, OpenRequest
 from penstock.actors.resolve import Model

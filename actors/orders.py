@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from penstock.actors.errors import Refusal
-from penstock.actors.messages import Control, Order
+from penstock.actors.messages import Order
+from penstock.actors.protocol import Control
 
 if TYPE_CHECKING:
     from penstock.actors.config import EngineConfig

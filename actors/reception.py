@@ -12,8 +12,8 @@ from penstock.actors.config import EngineConfig
 from penstock.actors.door import BATCH, ROUTING_ID, Arrival, Door
 from penstock.actors.errors import Fault
 from penstock.actors.log import Log
-from penstock.actors.messages import Control, Failed, Generate, Goodbye, Hello, List, Report, Status, Welcome
 from penstock.actors.meter import Meter, Verdict
+from penstock.actors.protocol import Control, Failed, Generate, Goodbye, Hello, List, Report, Status, Welcome
 from penstock.actors.sessions import Session, Sessions
 from penstock.actors.wire import WireError
 

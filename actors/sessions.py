@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from penstock.actors.messages import Chunks
+from penstock.actors.protocol import Chunks
 from penstock.actors.request import Entry, OpenRequest
 
 

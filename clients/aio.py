@@ -9,7 +9,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Ma
 from types import TracebackType
 from typing import Any, Self
 
-from penstock.actors.messages import Generate, List, Status
+from penstock.actors.protocol import Generate, List, Status
 from penstock.clients.address import default_address
 from penstock.clients.aio_map import map_prompts
 from penstock.clients.aio_stream import AsyncStream, Bell

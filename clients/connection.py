@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from penstock.actors import messages as wire
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY, Chunks, Failed, Welcome
+from penstock.actors import protocol as wire
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY, Chunks, Failed, Welcome
 from penstock.actors.wire import VERSION, Limits
 from penstock.clients.errors import (
     ClientClosed,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock.actors.messages import Control, Status
 from penstock.actors.orders import name_of, read_name
+from penstock.actors.protocol import Control, Status
 
 EVERY_S = 0.05  # between looks at an actor that is being replaced
 

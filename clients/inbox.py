@@ -16,7 +16,7 @@ from typing import Any
 
 import msgpack
 
-from penstock.actors.messages import Generate
+from penstock.actors.protocol import Generate
 from penstock.clients.errors import InvalidRequest, PenstockError, ProtocolError, from_wire
 from penstock.clients.values import Chunk, Completion, Sample, TokenLogprob, Usage, read_logprobs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.actors.messages import Generate
+from penstock.actors.protocol import Generate
 from penstock.clients.errors import LeaseExpired, Overloaded, PenstockError, Unavailable
 from penstock.clients.inbox import Inbox
 from penstock.clients.order import build

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from penstock.actors.messages import TO_GATEWAY, Generate
+from penstock.actors.protocol import TO_GATEWAY, Generate
 from penstock.actors.wire import Limits, WireError
 from penstock.clients.errors import InvalidRequest, MessageTooLarge, from_parameter
 from penstock.engine.params import HIGHEST_PRIORITY, LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from penstock.actors.messages import Control, List, Status
+from penstock.actors.protocol import Control, List, Status
 from penstock.clients.errors import PenstockError
 
 Question = List | Status | Control

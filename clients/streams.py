@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.actors.messages import Chunks
+from penstock.actors.protocol import Chunks
 from penstock.clients.errors import ProtocolError
 from penstock.clients.inbox import Inbox, Track
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from penstock.actors.messages import Generate, List, Status
+from penstock.actors.protocol import Generate, List, Status
 from penstock.clients.address import default_address
 from penstock.clients.connection import Connection
 from penstock.clients.control import EVERY_S, Restart, drain

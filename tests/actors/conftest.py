@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pytest
 import zmq
 
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY, Chunks, Failed, Generate, Hello, Renew, Report, Status, Welcome
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY, Chunks, Failed, Generate, Hello, Renew, Report, Status, Welcome
 from penstock.clients.launcher import Engine
 
 M = TypeVar("M")

@@ -20,20 +20,8 @@ from penstock.actors.executor import ExecutorActor
 from penstock.actors.journal import Journal
 from penstock.actors.log import open_log
 from penstock.actors.mailbox import open_outbox
-from penstock.actors.messages import (
-    INSIDE,
-    Drain,
-    Emitted,
-    Encode,
-    Encoded,
-    Generate,
-    Heartbeat,
-    Peers,
-    Released,
-    Step,
-    StepDone,
-    Stop,
-)  # fmt: skip
+from penstock.actors.messages import INSIDE, Drain, Emitted, Encode, Encoded, Heartbeat, Peers, Released, Step, StepDone, Stop
+from penstock.actors.protocol import Generate
 from penstock.actors.request import OpenRequest
 from penstock.actors.resolve import Model
 from penstock.actors.sessions import Session

@@ -19,8 +19,9 @@ import pytest
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Refusal
 from penstock.actors.keys import new_pair
-from penstock.actors.messages import Accepted, Control, Goodbye, Order, Renew, Report
+from penstock.actors.messages import Order
 from penstock.actors.orders import read_order
+from penstock.actors.protocol import Accepted, Control, Goodbye, Renew, Report
 from penstock.clients.aio import AsyncClient
 from penstock.clients.errors import Draining, InvalidRequest, Unauthorized
 from penstock.clients.launcher import Engine

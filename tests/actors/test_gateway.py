@@ -10,7 +10,7 @@ import msgpack
 import pytest
 import zmq
 
-from penstock.actors.messages import Accepted, Cancel, Chunks, Failed, Goodbye, Hello, List, Listing, Renew
+from penstock.actors.protocol import Accepted, Cancel, Chunks, Failed, Goodbye, Hello, List, Listing, Renew
 from penstock.actors.wire import VERSION
 from penstock.clients.launcher import Engine
 

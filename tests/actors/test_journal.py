@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.actors.journal import Journal
-from penstock.actors.messages import Chunks, Released
+from penstock.actors.messages import Released
+from penstock.actors.protocol import Chunks
 from penstock.actors.request import Entry, OpenRequest
 from penstock.actors.resolve import Resolved
 from penstock.actors.sessions import Session, Sessions

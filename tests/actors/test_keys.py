@@ -17,7 +17,7 @@ from penstock.actors.config import EngineConfig
 from penstock.actors.door import Door
 from penstock.actors.errors import Refusal
 from penstock.actors.keys import KeyFolder, new_pair, read_pair, read_public
-from penstock.actors.messages import Accepted, Cancel, Chunks, Goodbye, Hello, List, Listing, Renew
+from penstock.actors.protocol import Accepted, Cancel, Chunks, Goodbye, Hello, List, Listing, Renew
 from penstock.clients.errors import PenstockError
 from penstock.clients.launcher import Engine
 

@@ -18,7 +18,8 @@ import pytest
 import zmq
 
 from penstock.actors.mailbox import open_outbox
-from penstock.actors.messages import INSIDE, Accepted, Chunks, Died, Renew
+from penstock.actors.messages import INSIDE, Died
+from penstock.actors.protocol import Accepted, Chunks, Renew
 from penstock.clients.errors import InvalidRequest, PenstockError, StartError
 from penstock.clients.launcher import Engine
 

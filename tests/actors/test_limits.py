@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from penstock.actors.messages import Accepted, Chunks, Hello, List, Listing, Renew, Status, Welcome
+from penstock.actors.protocol import Accepted, Chunks, Hello, List, Listing, Renew, Status, Welcome
 from penstock.clients.launcher import Engine
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.actors.messages import INSIDE, TO_CLIENT, TO_GATEWAY, Chunks, Emitted, Generate, Hello, Renew
+from penstock.actors.messages import INSIDE, Emitted
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY, Chunks, Generate, Hello, Renew
 from penstock.actors.wire import VERSION, Catalogue, Limits, WireError, check_budget
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "messages.json"

@@ -11,7 +11,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY, Cancel, Chunks, Failed, Generate, Goodbye, Hello, Renew, Welcome
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY, Cancel, Chunks, Failed, Generate, Goodbye, Hello, Renew, Welcome
 
 FATES = ("stays", "says goodbye", "vanishes", "cancels")
 REQUESTS = 10

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgpack
 
-from penstock.actors.messages import TO_GATEWAY, Cancel, Generate, Goodbye, Hello, List, Renew, Status
+from penstock.actors.protocol import TO_GATEWAY, Cancel, Control, Generate, Goodbye, Hello, List, Renew, Status
 
 PARAMS: dict[str, Any] = {
     "max_tokens": 12, "min_tokens": 2, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1,
@@ -45,10 +45,11 @@ class Mutator:
     def valid(self) -> Any:
         draw = self.draw
         name = f"r{draw.randrange(40)}"
-        kind = draw.choices((Hello, Generate, Cancel, Renew, List, Status, Goodbye), (4, 70, 8, 6, 4, 4, 2))[0]
+        kind = draw.choices((Hello, Generate, Cancel, Renew, List, Status, Control, Goodbye), (4, 70, 8, 6, 4, 4, 2, 2))[0]
         if kind is Generate:
             return self._generate(name)
-        values = {Hello: (f"c{draw.randrange(9)}", "n"), Cancel: ((name, "r1"),), Renew: (draw.randrange(99),), List: (1,), Status: (2,)}
+        values = {Hello: (f"c{draw.randrange(9)}", "n"), Cancel: ((name, "r1"),), Renew: (draw.randrange(99),), List: (1,), Status: (2,),
+                  Control: (3, "restart", "executor", 0)}  # fmt: skip
         return kind(*values.get(kind, ()))
 
     def _generate(self, name: str) -> Generate:

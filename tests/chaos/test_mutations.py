@@ -12,7 +12,8 @@ import pytest
 import zmq
 
 from penstock.actors.errors import CODES
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY, Accepted, Encode, Failed, Generate, Goodbye, Hello, Renew, Report, Status
+from penstock.actors.messages import Encode
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY, Accepted, Failed, Generate, Goodbye, Hello, Renew, Report, Status
 from penstock.clients.launcher import Engine
 from penstock.engine.chat import check_messages
 from penstock.engine.params import PromptOptions

@@ -12,8 +12,8 @@ from typing import Any
 
 import zmq
 
-from penstock.actors import messages as wire
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
+from penstock.actors import protocol as wire
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY
 
 
 def token(prompt: str, sample: int, position: int) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import zmq
 
-from penstock.actors import messages as wire
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
+from penstock.actors import protocol as wire
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY
 from penstock.clients import AsyncClient, Client, Completion, Engine, SamplingParams, alaunch, launch
 from penstock.clients.errors import (
     ConnectionLost,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.actors import messages as wire
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
+from penstock.actors import protocol as wire
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY
 from penstock.clients.connection import Connection
 from penstock.clients.control import Restart, drain
 from penstock.clients.errors import (

@@ -10,9 +10,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from penstock.actors import messages as wire
+from penstock.actors import protocol as wire
 from penstock.actors.errors import CODES
-from penstock.actors.messages import TO_CLIENT, TO_GATEWAY
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY
 from penstock.actors.wire import Catalogue, Limits
 from penstock.engine.params import InvalidParameter, PromptOptions, SamplingParams
 
