@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from penstock.actors.keys import new_pair
+from penstock.actors.protocol import Chunks
 from penstock.clients.errors import StartError
 from penstock.clients.launcher import Engine
 
@@ -45,7 +46,7 @@ def test_an_engine_with_an_actor_that_hangs_while_it_starts_says_which(tmp_path:
 
 def test_an_actor_that_freezes_before_its_first_word_is_replaced(tmp_path: Path, connect: Callable[[str], Any]) -> None:
     log = tmp_path / "log.jsonl"
-    with Engine("tiny", executor="mock", start_timeout=10.0, log_file=str(log)) as engine:
+    with Engine("tiny", executor="mock", start_timeout=10.0, lease=60.0, log_file=str(log)) as engine:
         engine.wait(60)
         raw = connect(engine.address)
         raw.hello()
@@ -58,6 +59,6 @@ def test_an_actor_that_freezes_before_its_first_word_is_replaced(tmp_path: Path,
         raw.generate("waiting", prompt="hello there", params={"max_tokens": 5})
         log.unlink()
         log.touch()
-        assert raw.done("waiting")["generated_tokens"] == 5
+        assert raw.wait(Chunks, lambda message: bool(message.done), 60.0).done[0][1]["generated_tokens"] == 5
     (late,) = read_events(tmp_path / "before.jsonl", "not ready")
     assert (late["kind"], late["up"]) == ("tokenizer", False)
