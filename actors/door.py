@@ -19,6 +19,7 @@ from penstock.actors.zap import DOMAIN, Zap
 
 BATCH = 256  # messages taken before others have their turn
 LOOK_EVERY_S = 0.1  # at the folder of keys
+MOST_ANSWERS = 1024  # that may wait for one connection, besides one for each of its requests
 ROUTING_ID = 16  # bytes, at least, that a connection with a key must have chosen for itself
 
 
@@ -48,8 +49,9 @@ class Door:
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * config.max_message)
         self.socket.setsockopt(zmq.IPV6, address.startswith("tcp://["))
         self.socket.setsockopt(zmq.LINGER, 500)
-        # Beyond this a ROUTER silently drops: chunks are bounded by credits, answers only by what a client asks without reading.
-        self.socket.setsockopt(zmq.SNDHWM, 20_000)
+        # Beyond this a ROUTER silently drops. Chunks are bounded by credits, answers by what a client acknowledges; so it is for those who
+        # acknowledge what they do not read.
+        self.socket.setsockopt(zmq.SNDHWM, config.max_open_per_client + config.window + MOST_ANSWERS)
         if address.startswith("ipc://"):
             _refuse_if_taken(Path(address.removeprefix("ipc://")))
         try:

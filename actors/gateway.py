@@ -107,8 +107,7 @@ class GatewayActor(Actor):
         if not self.reception.busy and now - self.looked >= LOOK_EVERY_S:
             self.looked = now
             self._expire(now)
-            untold = any(request.state != "told" for session in self.sessions for request in session.requests.values())
-            if self.draining and not untold:
+            if self.draining and all(request.state == "told" for session in self.sessions for request in session.requests.values()):
                 self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
 
     def _expire(self, now: float) -> None:

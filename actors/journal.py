@@ -17,7 +17,7 @@ class Taken:
 
     tokens: int = 0
     ends: list[tuple[Entry, str, dict[str, Any]]] = field(default_factory=list)
-    gaps: list[Entry] = field(default_factory=list)
+    gaps: dict[Entry, None] = field(default_factory=dict)  # in order
 
 
 class Journal:
@@ -62,7 +62,7 @@ class Journal:
                 taken.tokens += count
                 entry.request.session.mark(entry)
             elif offset > len(entry.ids):
-                taken.gaps.append(entry)
+                taken.gaps[entry] = None
         for handle, attempt, tokens in message.prompts:
             entry = entries.get(handle)
             if entry is not None and entry.attempt == attempt:
@@ -79,5 +79,5 @@ class Journal:
             if facts.get("generated", len(entry.ids)) == len(entry.ids):
                 taken.ends.append((entry, reason, facts))
             else:
-                taken.gaps.append(entry)  # its last rows were lost
+                taken.gaps[entry] = None  # its last rows were lost
         return taken

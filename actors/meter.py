@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 BURST_S = 4.0  # seconds' worth that may come at once
+EASY_S = 0.002  # that any message may take
+SHARE = 0.25  # of the gateway's time that one connection may have for others
 FAR = 4  # times the rate, and the burst: what is beyond is not even read
 
 Verdict = Literal["fine", "too much", "far too much"]
@@ -53,6 +55,13 @@ class Meter:
         account.left -= cost
         account.warned = False
         return "fine"
+
+    def spend(self, connection: bytes, seconds: float) -> None:
+        """It took so long to deal with the last message. One that is hard to read costs more than the rates say."""
+        account = self._accounts.get(connection)
+        if account is not None and seconds > EASY_S:
+            account.left -= seconds / SHARE
+            account.far -= seconds / SHARE
 
     def turn(self, connection: bytes) -> float:
         """Seconds until the last message of a connection would be fine. Each that is too much gets a turn of its own, so that those that

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,12 +15,13 @@ from penstock.actors.door import BATCH, ROUTING_ID, Arrival, Door
 from penstock.actors.errors import Fault
 from penstock.actors.log import Log
 from penstock.actors.meter import Meter, Verdict
-from penstock.actors.protocol import Control, Failed, Generate, Goodbye, Hello, List, Report, Status, Welcome
+from penstock.actors.protocol import Control, Failed, Generate, Goodbye, Hello, List, Renew, Report, Status, Welcome
 from penstock.actors.sessions import Session, Sessions
 from penstock.actors.wire import WireError
 
 MOST_SESSIONS = 16_384
 MOST_SESSIONS_OF_USER = 1024
+TURN_S = 0.05  # of messages taken before others have their turn
 UNREAD = 4  # times the largest message: answers that a client may leave unread, in bytes
 TELL_EVERY_S = 10.0  # of connections that were refused: strangers must not fill the disk
 STRANGERS = (10.0, 2.0**20)  # messages and bytes a second of a connection that was not welcomed
@@ -36,6 +39,7 @@ class Reception:
         self._meter = Meter(config.message_rate, config.byte_rate, 2 * MOST_SESSIONS)
         self._strangers = Meter(*STRANGERS, MOST_SESSIONS)
         self._welcome: Welcome | None = None  # none: the engine is not ready
+        self._met: OrderedDict[bytes, None] = OrderedDict()  # connections that said Hello: each may once
         self._waiting: dict[tuple[str, str], tuple[Arrival, Hello]] = {}  # clients that came before that
         self._refused, self._told_refused = 0, 0.0  # connections, as the log has it, and since when
 
@@ -44,8 +48,6 @@ class Reception:
         self._welcome = welcome
         for (user, _), (arrival, hello) in self._waiting.items():
             if self.door.users.get(arrival.key) == user:
-                if (before := self.sessions.find(arrival.identity)) is not None:
-                    self.sessions.forget(before)  # one client a connection
                 self._meet(arrival, user, hello, welcome, now)
         self._waiting.clear()
 
@@ -60,16 +62,22 @@ class Reception:
         return [session for session in self.sessions if self.door.users.get(session.key) != session.user]
 
     def receive(self, now: float) -> Iterator[tuple[Session, Any]]:
-        """What clients ask, one after another: each is to be dealt with before the next is taken. One that gives its connection to
-        another says `Goodbye` by that."""
-        taken = 0
+        """What clients ask, one after another: each is to be dealt with before the next is taken. What that takes counts against who
+        asked, and ends the turn if it is too long: neither may a flood of small messages, or of messages that are hard to read, keep
+        the engine's own waiting."""
+        taken, begun = 0, time.monotonic()
+        at = begun
         for arrival in self.door.receive():
             taken += 1
             try:
                 yield from self._judge(arrival, now)
             except WireError as error:
                 self.door.send(arrival.identity, Failed(None, Fault(code=error.code, message=str(error)).to_wire()))
-        self.busy = taken == BATCH
+            before, at = at, time.monotonic()
+            (self._strangers if self.sessions.find(arrival.identity) is None else self._meter).spend(arrival.identity, at - before)
+            if at - begun > TURN_S:
+                break
+        self.busy = taken == BATCH or at - begun > TURN_S
 
     def answer(self, session: Session, message: Any) -> None:
         session.answered += self.door.send(session.identity, message)
@@ -99,9 +107,11 @@ class Reception:
             return
         message = self.door.decode(arrival.frame)
         if isinstance(message, Hello):
-            yield from self._hello(arrival, user, message, now)
+            self._hello(arrival, user, message, now)
         elif session is None:
             self.door.send(identity, self.report(message) if isinstance(message, Status) else Goodbye())
+        elif isinstance(message, Renew) and message.received > session.number:
+            raise WireError("malformed", f"Renew.received is {message.received}, and {session.number} were sent")
         elif self._may_ask(session, message, verdict, now):
             yield session, message
         elif isinstance(message, Generate):
@@ -122,11 +132,13 @@ class Reception:
                 self.door.send(session.identity, session.chunks(now))
         return session.unread <= most
 
-    def _hello(self, arrival: Arrival, user: str, hello: Hello, now: float) -> Iterator[tuple[Session, Any]]:
+    def _hello(self, arrival: Arrival, user: str, hello: Hello, now: float) -> None:
         if not 0 < len(hello.client) <= 64 or len(hello.name) > 256:
             raise WireError("malformed", "Hello.client must have 1 to 64 characters, Hello.name at most 256")
         if not self.door.fits(arrival.identity):
             raise WireError("malformed", f"with a key, a connection must set a routing id of {ROUTING_ID} or more random bytes")
+        if arrival.identity in self._met:  # else what it has not read yet would be forgotten
+            raise WireError("malformed", "Hello is said once: a client that begins anew needs a new connection")
         known = hello.client in self.sessions.of(user) or (user, hello.client) in self._waiting
         every = len(self.sessions) + len(self._waiting)
         mine = len(self.sessions.of(user)) + sum(owner == user for owner, _ in self._waiting) if user else 0
@@ -135,12 +147,13 @@ class Reception:
             limit = f"{MOST_SESSIONS} clients, {MOST_SESSIONS_OF_USER} of one user"
             fault = Fault(code="overloaded", message=text, limit=limit, retry_after=self.config.lease)
             self.door.send(arrival.identity, Failed(None, fault.to_wire()))
-        elif self._welcome is None:
+            return
+        self._met[arrival.identity] = None
+        if len(self._met) > 2 * MOST_SESSIONS:
+            self._met.popitem(last=False)
+        if self._welcome is None:
             self._waiting[user, hello.client] = replace(arrival, frame=b""), hello
         else:
-            before = self.sessions.find(arrival.identity)
-            if before is not None and before.client != hello.client:
-                yield before, Goodbye()  # one client a connection
             self._meet(arrival, user, hello, self._welcome, now)
 
     def _meet(self, arrival: Arrival, user: str, hello: Hello, welcome: Welcome, now: float) -> None:

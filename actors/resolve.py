@@ -97,7 +97,7 @@ class Resolved:
             min_tokens=params.min_tokens,
             stop_ids=tuple(dict.fromkeys(stops)),
             logprobs=-1 if params.logprobs is None else params.logprobs,
-            prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+            prompt_logprobs=-1 if params.prompt_logprobs is None or child else params.prompt_logprobs,  # all samples have one prompt
         )
 
 

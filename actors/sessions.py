@@ -86,6 +86,12 @@ class Session:
             if entry.prompt_logprobs is not None and not entry.told_prompt:
                 details.append((entry.stream, "prompt", entry.prompt_logprobs))
                 entry.told_prompt = True
+            if entry.sent_pieces + 1 < pieces and not entry.counts[entry.sent_pieces]:
+                # The prompt's echo is a row of its own: who resumes without an id is sent it again, and can tell it by that.
+                streams.append(entry.stream)
+                counts.append(0)
+                texts.append(entry.texts[entry.sent_pieces])
+                entry.sent_pieces += 1
             if entry.sent_pieces < pieces:
                 if entry.logprobs:
                     details.append((entry.stream, entry.logprobs[entry.sent_ids - entry.base :]))

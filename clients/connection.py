@@ -276,10 +276,12 @@ class Connection:
                     self._fail_one(query, error, now)
                 return [*orders]
             # About a message that it could not tie to a request: it can only be one that it has not answered.
-            unheard: News = [one for one in self._inboxes.values() if not one.answered]
+            unheard = [one for one in self._inboxes.values() if not one.answered]
             for one in unheard:
                 self._fail_one(one, error, now)
-            return unheard
+            if unheard:  # some of them may be on their way: nobody would read them
+                self._say(wire.Cancel(tuple(one.request for one in unheard)), now)
+            return [*unheard]
         inbox = self._inboxes.get(message.request)
         if inbox is None:
             return []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from penstock.actors.protocol import Accepted, Chunks, Hello, List, Listing, Renew, Status, Welcome
+from penstock.actors.protocol import TO_CLIENT, Accepted, Chunks, Failed, Goodbye, Hello, List, Listing, Renew, Status, Welcome
 from penstock.clients.launcher import Engine
 
 
@@ -64,7 +64,7 @@ def test_a_flood_is_refused_then_not_read_and_disturbs_nobody(enter: Callable[[]
     for late in range(20):  # it reads what was on its way, acknowledges it as clients do now and then, and is served again
         with suppress(TimeoutError):
             raw.wait(Welcome, seconds=0.5)
-        raw.send(Renew(10_000))
+        raw.send(Renew(max((message.number for message in raw.got if isinstance(message, Chunks)), default=0)))
         raw.generate(f"late{late}", ids=ids(1), params={"max_tokens": 1})
         accepted = accepted or any(isinstance(message, Accepted) for message in raw.got)
         if accepted:
@@ -82,9 +82,41 @@ def test_answers_that_are_not_read_are_bounded(enter: Callable[[], Any]) -> None
         answers.append(raw.socket.recv())
     assert sum(map(len, answers)) < 6 * 20_000
     assert len(answers) < 150
-    raw.send(Renew(1000))
+    numbers = [message.number for message in map(TO_CLIENT.decode, answers) if isinstance(message, Chunks)]
+    raw.send(Hello(raw.name, "again"))  # would forget what was not read
+    assert raw.failure(None)["code"] == "malformed"
+    raw.send(Renew(numbers[-1] + 1))  # so would this
+    assert "were sent" in raw.failure(None)["message"]
+    raw.send(Renew(numbers[-1]))
     raw.send(List(7))
     assert raw.wait(Listing).query == 7
+
+
+def test_a_connection_says_hello_once_also_if_it_has_left(enter: Callable[[], Any]) -> None:
+    raw = enter()
+    raw.send(Goodbye())
+    raw.send(Hello(raw.name, "again"))
+    assert raw.failure(None)["code"] == "malformed"
+
+
+def test_messages_that_are_hard_to_read_cost_no_actor_its_life(connect: Callable[..., Any]) -> None:
+    with Engine("tiny", executor="mock", stall_timeout=3.0) as strict:
+        strict.wait(60)
+        other = connect(strict.address)
+        other.hello()
+        before = {row["kind"]: row["incarnation"] for row in other.until(lambda report: report["actors"])["actors"]}
+        other.generate("x", ids=ids(1), params={"max_tokens": 1})
+        resolved = other.wait(Accepted).resolved
+        hard = {**resolved, "words": ((1,) * 1000,) * 63, "received": (b"\xff\xff\xff\x7f",)}  # judged id by id, and refused for the last
+        crowd = [connect(strict.address) for _ in range(16)]
+        for raw in crowd:
+            raw.hello()
+            for number in range(30):
+                raw.generate(f"{number}", resume=hard)
+        other.generate("r", prompt="hello", params={"max_tokens": 5})
+        assert other.done("r")["generated_tokens"] == 5
+        assert {crowd[0].wait(Failed).error["code"] for _ in range(30)} <= {"invalid_request", "overloaded"}
+        assert {row["kind"]: row["incarnation"] for row in other.status()["actors"]} == before
 
 
 def test_who_never_says_hello_is_answered_little(strict: Engine, connect: Callable[..., Any]) -> None:

@@ -44,3 +44,19 @@ def test_it_remembers_no_more_connections_than_it_may() -> None:
     for number in range(1000):
         meter.judge(number.to_bytes(4, "big"), 1, 0.0)
     assert len(meter) == 100
+
+
+def test_what_takes_long_to_deal_with_uses_the_rate_up() -> None:
+    meter = Meter(1e6, 1e9, 100)
+    for _ in range(100):
+        meter.judge(b"a", 1, 0.0)
+        meter.spend(b"a", 0.001)  # as any message may
+    assert meter.judge(b"a", 1, 0.0) == "fine"
+    verdicts = []
+    for _ in range(40):
+        verdicts.append(meter.judge(b"a", 1, 0.0))
+        meter.spend(b"a", 0.1)
+    assert verdicts[:10] == ["fine"] * 10
+    assert verdicts[-1] == "too much"
+    assert meter.judge(b"b", 1, 0.0) == "fine"
+    assert meter.judge(b"a", 1, 60.0) == "fine"

@@ -13,7 +13,7 @@ import zmq
 
 from penstock.actors.errors import CODES
 from penstock.actors.messages import Encode
-from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY, Accepted, Failed, Generate, Goodbye, Hello, Renew, Report, Status
+from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY, Accepted, Chunks, Failed, Generate, Goodbye, Hello, Renew, Report, Status
 from penstock.clients.launcher import Engine
 from penstock.engine.chat import check_messages
 from penstock.engine.params import PromptOptions
@@ -83,23 +83,31 @@ def test_mutated_messages_end_no_actor_leave_nothing_and_reach_the_tokenizer_onl
         handle(message)
 
     engine.tokenizer.handlers[Encode] = checked
-    clients = [connect(engine.context, DOOR) for _ in range(4)]
-    clients[0].send(TO_GATEWAY.encode(Hello("first", "")))
-    clients[0].send(TO_GATEWAY.encode(PLAIN))
+    first = connect(engine.context, DOOR)
+    first.send(TO_GATEWAY.encode(Hello("first", "")))
+    first.send(TO_GATEWAY.encode(PLAIN))
     engine.settle()
-    resolved = next(message for message in answers(clients[0]) if isinstance(message, Accepted)).resolved
+    resolved = next(message for message in answers(first) if isinstance(message, Accepted)).resolved
+    first.send(TO_GATEWAY.encode(Goodbye()))
+    clients = [connect(engine.context, DOOR) for _ in range(4)]
+    read = [0] * len(clients)
     seen: Counter[str] = Counter()
     mutator = Mutator(1, resolved)
     for number in range(0, IN_PROCESS, AT_ONCE):
-        client = clients[number // AT_ONCE % len(clients)]
-        if client is not clients[3]:  # the last one is never introduced, but by accident
-            client.send(TO_GATEWAY.encode(Hello(f"c{clients.index(client)}", "")))
-            client.send(TO_GATEWAY.encode(Renew(2**31)))
+        turn, which = divmod(number // AT_ONCE, len(clients))
+        if turn % 8 == 0 and which < 3:  # the last one is never introduced, but by accident
+            clients[which].close(linger=0)
+            clients[which], read[which] = connect(engine.context, DOOR), 0
+            clients[which].send(TO_GATEWAY.encode(Hello(f"c{which}", "")))
+        client = clients[which]
+        client.send(TO_GATEWAY.encode(Renew(read[which])))
         for _ in range(AT_ONCE):
             client.send(mutator.frame())
         engine.turn()
         for message in answers(client):
             seen[type(message).__name__] += 1
+            if isinstance(message, Chunks):
+                read[which] = message.number
             if isinstance(message, Failed):
                 assert message.error["code"] in CODES
                 assert message.error["message"]
@@ -146,6 +154,8 @@ def test_mutated_messages_over_a_real_socket_leave_an_engine_as_it_was() -> None
         mutator = Mutator(2, resolved)
         for number in range(OVER_SOCKETS):
             if number % 50 == 0:
+                client.close(linger=1000)
+                client = connect(context, engine.address)
                 client.send(TO_GATEWAY.encode(Hello("first", "")))
                 status()  # not faster than it answers
                 answers(client)
