@@ -57,7 +57,7 @@ class Meter:
         return "fine"
 
     def spend(self, connection: bytes, seconds: float) -> None:
-        """It took so long to deal with the last message. One that is hard to read costs more than the rates say."""
+        """To deal with the last message took so much CPU time. One that is hard to read costs more than the rates say."""
         account = self._accounts.get(connection)
         if account is not None and seconds > EASY_S:
             account.left -= seconds / SHARE

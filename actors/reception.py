@@ -65,19 +65,19 @@ class Reception:
         """What clients ask, one after another: each is to be dealt with before the next is taken. What that takes counts against who
         asked, and ends the turn if it is too long: neither may a flood of small messages, or of messages that are hard to read, keep
         the engine's own waiting."""
-        taken, begun = 0, time.monotonic()
-        at = begun
+        taken, end = 0, time.monotonic() + TURN_S
+        spent = time.thread_time()
         for arrival in self.door.receive():
             taken += 1
             try:
                 yield from self._judge(arrival, now)
             except WireError as error:
                 self.door.send(arrival.identity, Failed(None, Fault(code=error.code, message=str(error)).to_wire()))
-            before, at = at, time.monotonic()
-            (self._strangers if self.sessions.find(arrival.identity) is None else self._meter).spend(arrival.identity, at - before)
-            if at - begun > TURN_S:
+            before, spent = spent, time.thread_time()
+            (self._strangers if self.sessions.find(arrival.identity) is None else self._meter).spend(arrival.identity, spent - before)
+            if time.monotonic() > end:
                 break
-        self.busy = taken == BATCH or at - begun > TURN_S
+        self.busy = taken == BATCH or time.monotonic() > end
 
     def answer(self, session: Session, message: Any) -> None:
         session.answered += self.door.send(session.identity, message)
