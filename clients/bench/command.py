@@ -13,6 +13,7 @@ import typer
 
 from penstock.actors.config import EngineConfig
 from penstock.clients.bench.chaos import chaos
+from penstock.clients.bench.fairness import fairness
 from penstock.clients.bench.offline import offline, online
 from penstock.clients.bench.pipeline import pipeline
 from penstock.clients.bench.report import machine, plot, show
@@ -113,6 +114,26 @@ def chaos_command(
         figures["machine"] = machine()
         show("chaos", figures, as_json=as_json)
         if figures["lost"] or figures["repeated"] or figures["diverged"]:
+            raise typer.Exit(1)
+
+
+@app.command("fairness")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model",))
+def fairness_command(
+    contest: Annotated[list[str] | None, typer.Option(help="slots, blocks, prefill or step; may be repeated  [default: all]")] = None,
+    model: Annotated[str | None, typer.Option(help="`tiny`, a shape, a folder or a hub id; none: a mock executor with a pace")] = None,
+    rounds: Annotated[int, typer.Option(help="times that the phases take turns; the median counts", min=1)] = 3,
+    seconds: Annotated[float, typer.Option(help="of each phase", min=0.1)] = 5.0,
+    streams: Annotated[int, typer.Option(help="of a well-behaved tenant", min=1)] = 16,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """What a tenant gets beside one that asks for as much, and beside one that floods the engine. Fails below nine tenths."""
+    with reported():
+        figures = asyncio.run(fairness(model, contest or [], rounds, seconds, streams, **only_given(given)))
+        figures["machine"] = machine()
+        show("fairness", figures, as_json=as_json)
+        if not figures["fair"]:
             raise typer.Exit(1)
 
 
