@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.actors.messages import Released
 from penstock.actors.resolve import Resolved
+from penstock.actors.tally import Tally
 
 if TYPE_CHECKING:
     from penstock.actors.sessions import Session
@@ -104,18 +105,22 @@ class Journal:
         self._next = incarnation << 32
         self.entries: dict[int, Entry] = {}
         self.prompt_tokens = 0  # of all open entries
+        self.tally = Tally()
 
     def open(self, request: OpenRequest, child: int, received: array[int]) -> Entry:
         entry = Entry(self._next, request, child, received, base=len(received), sent_ids=len(received))
         self._next += 1
         self.entries[entry.handle] = entry
-        self.prompt_tokens += request.resolved.prompt_tokens if request.resolved is not None else 0
+        if request.resolved is not None:
+            self.prompt_tokens += request.resolved.prompt_tokens
+            self.tally.add(request.resolved.tenant, 1, request.resolved.prompt_tokens)
         return entry
 
     def close(self, entry: Entry) -> None:
         """The stream has ended: rows for it are no longer taken. Its tail stays with its request until the client has it."""
         if self.entries.pop(entry.handle, None) is not None and entry.request.resolved is not None:
             self.prompt_tokens -= entry.request.resolved.prompt_tokens
+            self.tally.remove(entry.request.resolved.tenant, 1, entry.request.resolved.prompt_tokens)
 
     def take(self, message: Released) -> Taken:
         """Journal what is fresh: of the current attempt, and from where the journal ends. Marks the entries for their clients."""
