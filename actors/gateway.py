@@ -53,6 +53,7 @@ from penstock.actors.suspects import Suspects
 from penstock.actors.wire import WireError
 
 LOOK_EVERY_S = 0.1  # at leases and deadlines
+OVERDUE_S = 0.5  # after its deadline a stream is ended without the scheduler
 MOST_SESSIONS = 16_384
 MOST_SESSIONS_OF_USER = 1024
 UNREAD = 4  # times the largest message: answers that a client may leave unread, in bytes
@@ -178,7 +179,7 @@ class GatewayActor(Actor):
 
     def _expire(self, now: float) -> None:
         """End what nobody waits for any more: clients that were silent for a lease, requests whose client came back without asking for
-        them, and prompts that are still being tokenized at their deadline."""
+        them, and whose deadline has come where no scheduler can end them."""
         lease = self.config.lease
         for session in self.sessions:
             if now - session.seen > lease:
@@ -191,8 +192,12 @@ class GatewayActor(Actor):
             for request in [one for one in session.requests.values() if one.left is not None and now - one.left > lease]:
                 self._drop(request)
         self.kept = sum(request.streams for session in self.sessions for request in session.requests.values())
-        for request in self.admission.late(now):
-            self._fail(request, Fault(code="overloaded", message="its time was over before its prompt was tokenized", actor="tokenizer"))
+        for request, reason in self.admission.late(now):
+            self._fail(request, Fault(code=reason, message="its time was over before its prompt was tokenized", actor="tokenizer"))
+        # The scheduler ends what is late, unless there is none, or none that its streams reach: then nobody else would.
+        for entry in [one for one in self.journal.entries.values() if (one.request.deadline or now) < now - OVERDUE_S]:
+            self._abort(entry)
+            self._end(entry, "deadline", {})
 
     def _send_chunks(self) -> None:
         now = time.monotonic()
@@ -202,7 +207,7 @@ class GatewayActor(Actor):
                 self.door.send(session.identity, session.chunks(now))
 
     def wake_in(self) -> float:
-        return min(HEARTBEAT_S, self.config.lease / 2, LOOK_EVERY_S if self.draining else HEARTBEAT_S)
+        return min(HEARTBEAT_S, self.config.lease / 2, LOOK_EVERY_S if self.draining or self.admission.jobs else HEARTBEAT_S)
 
     def _call(self, arrival: Arrival, now: float) -> None:
         identity, user = arrival.identity, self.door.users.get(arrival.key)
@@ -501,5 +506,3 @@ def _complete(entry: Entry, resolved: Resolved, model: Model) -> str | None:
     if entry.ids and entry.ids[-1] in resolved.sampler(entry.child, model.eos).stop_ids:
         return "stop"
     return None
-
-
