@@ -17,6 +17,7 @@ from penstock.actors.messages import Encode, Encoded
 from penstock.actors.protocol import Generate
 from penstock.actors.request import OpenRequest
 from penstock.actors.resolve import Model, check_standing, own_tenant, resolve, resolved_from_wire
+from penstock.actors.tally import Tally, fits
 from penstock.engine.chat import check_messages
 from penstock.engine.params import LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
 from penstock.engine.tokenfiles import TokenizeError
@@ -56,6 +57,7 @@ class Admission:
         self.config = config
         self.jobs: dict[int, Job] = {}
         self._streams = self._tokens = 0  # of all jobs
+        self._tally = Tally()
         self._numbers = incarnation << 32
         self._random = random.Random()
 
@@ -89,7 +91,7 @@ class Admission:
             resolved = resolved_from_wire(message.resume, model)
             request.resolved = resolved = replace(resolved, tenant=own_tenant(resolved.tenant, user))
             request.streams = resolved.params.n
-            self._limit(request.streams, journal, held, resolved.prompt_tokens)
+            self._limit(resolved.tenant, request.streams, journal, held, resolved.prompt_tokens)
             received = self.received_ids(message.resume, request.streams, model)
             if max(map(len, received)) > resolved.limit:
                 raise _bad("resume.received", max(map(len, received)), f"at most {resolved.limit} ids, as many as were asked for")
@@ -100,7 +102,7 @@ class Admission:
         except InvalidParameter as error:
             raise Refusal("invalid_request", str(error), field=error.field, value=error.value, limit=error.limit) from error
         request.streams, tokens = params.n, _guess_tokens(message)
-        self._limit(request.streams, journal, held, tokens)
+        self._limit(message.tenant, request.streams, journal, held, tokens)
         words = tuple(word for word in params.bad_words if isinstance(word, str))
         if message.ids is not None and len(message.ids) % 4:
             raise _bad("ids", f"{len(message.ids)} bytes", "little-endian 32-bit integers")
@@ -112,26 +114,38 @@ class Admission:
             return None
         self.jobs[job.number], request.job = job, job.number
         self._streams, self._tokens = self._streams + params.n, self._tokens + job.tokens
+        self._tally.add(message.tenant, params.n, job.tokens)
         return job
 
-    def _limit(self, streams: int, journal: Journal, held: Held, tokens: int) -> None:
+    def _limit(self, tenant: str, streams: int, journal: Journal, held: Held, tokens: int) -> None:
         most = self.config.max_open
-        waiting = len(journal.entries) + self._streams
-        for open_now, limit, whose in (
-            (held.mine, min(most, self.config.max_open_per_client), " of this client"),
-            (waiting, most, ""),
-            (held.all, ENDED * most, ", or have ended and are not acknowledged"),
+        waiting, mine = len(journal.entries) + self._streams, self._held(tenant, journal)[0]
+        own = min(most, self.config.max_open_per_client)
+        if held.mine + streams > own:
+            raise _overloaded(f"{held.mine} streams of this client are open", f"{own} streams")
+        for open_now, tenants_own, limit, whose in (
+            (waiting, mine, most, ""),
+            (held.all, max(mine, held.mine), ENDED * most, ", or have ended and are not acknowledged"),
         ):
-            if open_now + streams > limit:
-                raise Refusal("overloaded", f"{open_now} streams{whose} are open", limit=f"{limit} streams", retry_after=1.0)
-        self._limit_tokens(streams * tokens, journal)
+            if not fits(open_now, tenants_own, streams, limit, self._tenants(journal)):
+                raise _overloaded(f"{open_now} streams{whose} are open", f"{limit} streams")
+        self._limit_tokens(tenant, streams * tokens, journal)
 
-    def _limit_tokens(self, tokens: int, journal: Journal) -> None:
+    def _limit_tokens(self, tenant: str, tokens: int, journal: Journal) -> None:
         """Prompts that wait to be tokenized count, too: their text takes memory."""
         most = self.config.max_queued_tokens
         queued = journal.prompt_tokens + self._tokens
-        if queued and queued + tokens > most:
-            raise Refusal("overloaded", f"open requests have {queued} prompt tokens", limit=f"{most} tokens", retry_after=1.0)
+        if queued and not fits(queued, self._held(tenant, journal)[1], tokens, most, self._tenants(journal)):
+            raise _overloaded(f"open requests have {queued} prompt tokens", f"{most} tokens")
+
+    def _held(self, tenant: str, journal: Journal) -> tuple[int, int]:
+        """Open streams of a tenant, and their prompt tokens."""
+        (streams, tokens), (more, longer) = journal.tally.of(tenant), self._tally.of(tenant)
+        return streams + more, tokens + longer
+
+    def _tenants(self, journal: Journal) -> int:
+        """With something open, and one that comes; some count twice while a prompt of theirs is tokenized."""
+        return len(journal.tally) + len(self._tally) + 1
 
     def received_ids(self, resume: Mapping[str, Any], streams: int, model: Model | None = None) -> list[array[int]]:
         """What a client that resumes says it has of each stream. Raises `Refusal`."""
@@ -181,16 +195,18 @@ class Admission:
                     given_up.append(job)
         return given_up
 
-    def late(self, now: float) -> list[OpenRequest]:
-        """Requests that are still being tokenized and whose time is over."""
-        times = [(job.request, job.request.deadline, job.request.queue_timeout) for job in self.jobs.values()]
-        return [request for request, *ends in times if any(end is not None and end <= now for end in ends)]
+    def late(self, now: float) -> list[tuple[OpenRequest, str]]:
+        """Requests that are still being tokenized and whose time is over, each with the reason for its end."""
+        waiting = [job.request for job in self.jobs.values()]
+        times = [(one, name, getattr(one, name)) for one in waiting for name in ("deadline", "queue_timeout")]
+        return [(one, name) for one, name, end in times if end is not None and end <= now]
 
     def done(self, number: int) -> Job | None:
         """A job is over; None if it was before."""
         job = self.jobs.pop(number, None)
         if job is not None:
             self._streams, self._tokens, job.request.job = self._streams - job.params.n, self._tokens - job.tokens, None
+            self._tally.remove(job.message.tenant, job.params.n, job.tokens)
         return job
 
     def forget(self, request: OpenRequest) -> None:
@@ -215,8 +231,12 @@ class Admission:
             seed=self._random.getrandbits(63),
             truncate=job.options.truncate if job.message.ids is not None else None,
         )
-        self._limit_tokens(resolved.params.n * resolved.prompt_tokens, journal)
+        self._limit_tokens(resolved.tenant, resolved.params.n * resolved.prompt_tokens, journal)
         job.request.resolved = resolved
+
+
+def _overloaded(text: str, limit: str) -> Refusal:
+    return Refusal("overloaded", text, limit=limit, retry_after=1.0)
 
 
 def _guess_tokens(message: Generate) -> int:

@@ -22,6 +22,7 @@ class EngineConfig:
     device: str = _setting("auto", "auto, cpu or cuda")
     decoder: str = _setting("auto", "`native`, our own lean code; `adopted`, transformers' code of the family; auto: native where it can")
     executor: str = _setting("model", "`model`, or `mock`: the same messages and no model")
+    mock_step: float = _setting(0.0, "seconds that a step of a mock executor takes, and once more for every 16 tokens in it")
     tokenizer: str | None = _setting(None, "where the tokenizer is, if not with the model; `none`: token ids only")
     max_model_len: int | None = _setting(None, "longest prompt and output together, tokens; none: the model's own")
     memory: float | None = _setting(None, "share of the device's memory to use (to 1), or bytes; none: 0.9 of a GPU's, 0.3 of a CPU's")
@@ -30,6 +31,9 @@ class EngineConfig:
     max_running: int = _setting(256, "most requests in one step")
     token_budget: int | None = _setting(None, "most tokens in one step; none: 8192 on a GPU, 512 on a CPU")
     lookahead: int = _setting(1, "plans sent before the results of earlier ones are back: 0, 1 or 2")
+    quantum: int | None = _setting(
+        None, "tokens of a step that a tenant gets at least while others ask for less; 0: all that it wants; none: 64 on a GPU, 16 on a CPU"
+    )
     prefix_cache: bool = _setting(True, "reuse the KV blocks of equal prefixes")
     tokenizers: int = _setting(1, "tokenizer processes")
     detokenizers: int = _setting(1, "detokenizer processes")
@@ -42,9 +46,9 @@ class EngineConfig:
     client_keys: str | None = _setting(None, "folder of the clients' public keys, NAME.key each; read again whenever it changes")
     operators: str | None = _setting(None, "users, separated by commas, who may drain it and restart its actors; without keys: everyone")
     directory: str | None = _setting(None, "folder of the engine's own sockets (mode 0700); none: a new one")
-    max_open: int = _setting(4096, "most open requests; more are refused with Overloaded")
+    max_open: int = _setting(4096, "most open requests; more are refused with Overloaded, but for a quarter more of tenants that have few")
     max_open_per_client: int = _setting(2048, "most open requests of one client or, with keys, of one user")
-    max_queued_tokens: int = _setting(8_000_000, "most prompt tokens of open requests")
+    max_queued_tokens: int = _setting(8_000_000, "most prompt tokens of open requests; likewise")
     max_message: int = _setting(16 * 2**20, "largest message from a client, bytes")
     message_rate: float = _setting(5000.0, "messages a second of one connection; more are refused with Overloaded, far more dropped")
     byte_rate: float = _setting(64.0 * 2**20, "bytes a second of one connection, likewise")
@@ -84,10 +88,14 @@ class EngineConfig:
         for name in ("max_model_len", "blocks", "token_budget", "threads"):
             if getattr(self, name) is not None and (not isinstance(getattr(self, name), int) or getattr(self, name) < 1):
                 raise _bad(name, getattr(self, name), "an integer above 0, or nothing")
+        if self.quantum is not None and (not isinstance(self.quantum, int) or self.quantum < 0):
+            raise _bad("quantum", self.quantum, "an integer of 0 or more, or nothing")
         if self.memory is not None and (not isinstance(self.memory, int | float) or not self.memory > 0):
             raise _bad("memory", self.memory, "a number above 0, or nothing")
         if not isinstance(self.record_ring, int) or self.record_ring < 0:
             raise _bad("record_ring", self.record_ring, "an integer of 0 or more")
+        if not isinstance(self.mock_step, int | float) or not 0 <= self.mock_step <= 60:
+            raise _bad("mock_step", self.mock_step, "a number from 0 to 60")
         for name in ("lease", "drain_timeout", "stall_timeout", "start_timeout", "message_rate", "byte_rate"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise _bad(name, getattr(self, name), "a number above 0")

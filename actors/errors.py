@@ -16,6 +16,8 @@ CODES: dict[str, tuple[bool, str]] = {
     "digest_mismatch": (False, "the request was begun on another model, tokenizer or adapter"),
     "not_found": (False, "there is no such request"),
     "overloaded": (True, "a limit is reached: try again after `retry_after` seconds"),
+    "deadline": (True, "the request's deadline came before it was accepted"),
+    "queue_timeout": (True, "the request's queue timeout came before it was accepted"),
     "unavailable": (True, "the engine is not ready, or lost a part and is recovering it"),
     "draining": (True, "the engine finishes what is open and takes nothing new: use another one"),
     "unauthorized": (False, "only an operator of the engine may order this"),

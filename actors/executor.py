@@ -32,9 +32,9 @@ class ExecutorActor(Actor):
         return facts
 
     def _open_runner(self) -> tuple[StepRunner, dict[str, Any]]:
-        opened = open_mock if self.config.executor == "mock" else open_model
+        mock = self.config.executor == "mock"
         try:
-            return opened(**opening(self.config))
+            return open_mock(**opening(self.config), mock_step=self.config.mock_step) if mock else open_model(**opening(self.config))
         except ModelError as error:
             raise Refusal("model_error", str(error), field="model", value=self.config.model, actor=self.kind) from error
 

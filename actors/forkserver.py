@@ -98,6 +98,8 @@ def preload(model: str) -> None:
         folder = read_spec(model_folder(model), weights="random").folder
         # Looking a class up imports its module.
         AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))]
+        # It compiles a thousand patterns of weight names, of all families, at the first call: a third of what tiny takes to load.
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
 
 
 def fork_actor(post: Post, death: int, control: socket.socket) -> None:

@@ -21,6 +21,7 @@ from penstock.actors.sessions import Session
 from penstock.actors.status import list_requests, status_report
 
 LOOK_EVERY_S = 0.1  # at leases and deadlines
+OVERDUE_S = 0.5  # after its deadline a stream is ended without the scheduler
 JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
 
 
@@ -112,7 +113,7 @@ class GatewayActor(Actor):
 
     def _expire(self, now: float) -> None:
         """End what nobody waits for any more: clients that were silent for a lease, requests whose client came back without asking for
-        them, and prompts that are still being tokenized at their deadline."""
+        them, and whose deadline has come where no scheduler can end them."""
         lease = self.config.lease
         for session in self.sessions:
             if now - session.seen > lease:
@@ -124,14 +125,18 @@ class GatewayActor(Actor):
                 continue
             for request in [one for one in session.requests.values() if one.left is not None and now - one.left > lease]:
                 self._finish(request)
-        for request in self.admission.late(now):
-            self._fail(request, Fault(code="overloaded", message="its time was over before its prompt was tokenized", actor="tokenizer"))
+        for request, reason in self.admission.late(now):
+            self._fail(request, Fault(code=reason, message="its time was over before its prompt was tokenized", actor="tokenizer"))
+        # The scheduler ends what is late, unless there is none, or none that its streams reach: then nobody else would.
+        for entry in [one for one in self.journal.entries.values() if (one.request.deadline or now) < now - OVERDUE_S]:
+            self.handover.withdraw(entry)
+            self._end(entry, "deadline", {})
 
     def _send_chunks(self) -> None:
         self.totals["chunks"] += self.reception.send_chunks(time.monotonic())
 
     def wake_in(self) -> float:
-        return min(HEARTBEAT_S, self.config.lease / 2, LOOK_EVERY_S if self.draining else HEARTBEAT_S)
+        return min(HEARTBEAT_S, self.config.lease / 2, LOOK_EVERY_S if self.draining or self.admission.jobs else HEARTBEAT_S)
 
     # ── what clients ask ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

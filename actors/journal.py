@@ -8,6 +8,7 @@ from typing import Any
 
 from penstock.actors.messages import Released
 from penstock.actors.request import Entry, OpenRequest
+from penstock.actors.tally import Tally
 from penstock.engine.request import Sampler
 
 
@@ -27,18 +28,21 @@ class Journal:
         self._next = incarnation << 32
         self.entries: dict[int, Entry] = {}
         self.prompt_tokens = 0  # of all open entries
+        self.tally = Tally()
 
     def open(self, request: OpenRequest, sampler: Sampler, received: array[int]) -> Entry:
         entry = Entry(self._next, request, sampler, received, base=len(received), sent_ids=len(received))
         self._next += 1
         self.entries[entry.handle] = entry
         self.prompt_tokens += request.value.prompt_tokens
+        self.tally.add(request.value.tenant, 1, request.value.prompt_tokens)
         return entry
 
     def close(self, entry: Entry) -> None:
         """The stream has ended: rows for it are no longer taken. Its tail stays with its request until the client has it."""
         if self.entries.pop(entry.handle, None) is not None:
             self.prompt_tokens -= entry.request.value.prompt_tokens
+            self.tally.remove(entry.request.value.tenant, 1, entry.request.value.prompt_tokens)
 
     def take(self, message: Released) -> Taken:
         """Journal what is fresh: of the current attempt, and from where the journal ends. Marks the entries for their clients."""

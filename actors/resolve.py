@@ -34,6 +34,7 @@ class Model:
     capacity: int  # tokens that all KV blocks hold together
     eos: tuple[int, ...]
     defaults: Mapping[str, Any]  # of generation_config
+    dtype: str = "none"
 
     @classmethod
     def from_facts(cls, executor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Self:
@@ -46,6 +47,7 @@ class Model:
             capacity=executor["blocks"] * executor["block_size"],
             eos=tuple(executor["eos"]),
             defaults=executor["defaults"],
+            dtype=executor["dtype"],
         )
 
 

@@ -31,7 +31,7 @@ def status_report(state: str, model: Model | None, counts: dict[str, int], clien
         scheduler["batch_mean"] = scheduler["rows"] / scheduler["steps"]
     return {
         "state": state,
-        "model": {"name": model.name, "digest": model.digest, "max_model_len": model.max_model_len} if model is not None else {},
+        "model": {name: getattr(model, name) for name in ("name", "digest", "max_model_len", "dtype")} if model is not None else {},
         "requests": {"open": counts["open"], "total": counts["requests"], "finished": counts["finished"], "failed": counts["failed"]},
         "tokens": {"generated": counts["generated_tokens"], "prompt": counts["prompt_tokens"]},
         "clients": clients,

@@ -36,6 +36,7 @@ from penstock.clients.pulse import Pulse
 from penstock.clients.query import Query, Question
 from penstock.clients.streams import Streams
 
+OUT_OF_TIME = ("deadline", "queue_timeout")  # codes that are reasons, as of requests that were accepted
 _PROBE = 0  # the number of the query that asks for a sign of life, and whether what is open here is open there
 
 
@@ -285,8 +286,8 @@ class Connection:
         inbox = self._inboxes.get(message.request)
         if inbox is None:
             return []
-        if inbox.cancelled and inbox.resolved is None:
-            inbox.finish_cancelled(now)  # as it was asked to: before it began
+        if inbox.resolved is None and (inbox.cancelled or error.code in OUT_OF_TIME):
+            inbox.finish_unbegun("cancelled" if inbox.cancelled else error.code, now)  # as it was asked to: before it began
             return [self._close(inbox)]
         if isinstance(error, LeaseExpired) and inbox.resolved is not None:
             self.lost(now)  # this process slept; what it holds is enough to carry on
@@ -305,7 +306,7 @@ class Connection:
 
     def _end_cancelled(self, inbox: Inbox, now: float) -> Inbox:
         self._forgotten.append(inbox.request)
-        inbox.finish_cancelled(now)
+        inbox.finish_unbegun("cancelled", now)
         return self._close(inbox)
 
     def _lose_patience(self, now: float) -> News:

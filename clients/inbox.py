@@ -134,11 +134,11 @@ class Inbox:
             error.request = self.request
             self.error, self.over, self.total_s = error, True, now - self.since
 
-    def finish_cancelled(self, now: float) -> None:
-        """End without the engine, where there is none to ask."""
+    def finish_unbegun(self, reason: str, now: float) -> None:
+        """End a request that the engine has not accepted, or where there is none to ask."""
         self.tracks = self.tracks or [Track(self, index) for index in range(self.order.params.get("n", 1))]
         for track in self.tracks:
-            self.end(track, "cancelled", {})
+            self.end(track, reason, {})
         self.finish({}, now)
 
     @property

@@ -85,7 +85,7 @@ class Draft:
         counts[len(decodes) :] = [len(tokens) for tokens in self._chunks]
         tokens = np.concatenate(self._chunks) if self._chunks else NO_TOKENS
         launched = slots.at(rows), rows, slots.stays[rows]
-        starts, samples = slots.launch(rows, counts)
+        starts, samples = slots.launch(step, rows, counts)
         table_slots, table_columns = np.array(self._table_slots, np.int32), np.array(self._columns, np.int32)
         plan = StepPlan(
             step, tuple(self._fills), table_slots, table_columns, np.array(self._blocks, np.int32),

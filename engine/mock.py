@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +10,22 @@ import numpy.typing as npt
 
 from penstock.engine.plan import StepPlan, StepResult
 
+PACED = 16  # tokens
+
 
 @dataclass(frozen=True, slots=True)
 class MockPending:
-    """A step that is already done."""
+    """A step that is done already, or will be `seconds` after it is asked for."""
 
     answer: StepResult
+    seconds: float = 0.0
 
     def done(self) -> bool:
         return True
 
     def result(self) -> StepResult:
+        if self.seconds:
+            time.sleep(self.seconds)
         return self.answer
 
 
@@ -28,11 +34,13 @@ class MockRunner:
 
     Its token is a hash of the request's seed, the absolute position and the token before, in `[first, first + span)`, whatever the slot,
     the batch or the attempt. So a stream that was interrupted and handed over again equals the undisturbed one, as it does with a model,
-    and one that got a wrong token, seed or place goes another way for good. A greedy request has no seed. Raises `ValueError` for a
-    span that is not in the vocabulary.
+    and one that got a wrong token, seed or place goes another way for good. A greedy request has no seed. A step takes `pace` seconds and,
+    once more, for every `PACED` tokens in it: a device that is neither loaded nor noisy. Raises `ValueError` for a span that is not in
+    the vocabulary.
     """
 
-    def __init__(self, vocab_size: int, first: int = 0, span: int | None = None) -> None:
+    def __init__(self, vocab_size: int, first: int = 0, span: int | None = None, pace: float = 0.0) -> None:
+        self.pace = pace
         self.first, self.span = first, vocab_size - first if span is None else span
         if not 0 <= first < vocab_size or not 0 < self.span <= vocab_size - first:
             raise ValueError(f"first={first}, span={self.span}: must lie within the vocabulary of {vocab_size} tokens")
@@ -54,7 +62,8 @@ class MockRunner:
         slots, positions = plan.slots[plan.samples], (plan.starts + plan.counts)[plan.samples]
         ids = self.first + (_mix(self._seeds[slots], positions, before[plan.samples]) % np.uint64(self.span)).astype(np.int32)
         self._last[slots] = ids
-        return MockPending(StepResult(step=plan.step, ids=ids))
+        seconds = self.pace * (1 + plan.query_tokens / PACED)
+        return MockPending(StepResult(step=plan.step, ids=ids, seconds=seconds), seconds)
 
 
 def _mix(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

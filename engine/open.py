@@ -21,14 +21,14 @@ def model_folder(model: str) -> str:
 
 
 def open_mock(
-    *, model: str, max_running: int, block_size: int, blocks: int | None, token_budget: int | None, **_: Any
+    *, model: str, max_running: int, block_size: int, blocks: int | None, token_budget: int | None, mock_step: float, **_: Any
 ) -> tuple[MockRunner, dict[str, Any]]:
     """A mock executor with the vocabulary of `model`, if that has a config.json, and a roomy cache unless `blocks` says otherwise. Greedy
     unless a request says otherwise: then it gives the same each time."""
     path = Path(model_folder(model)) / "config.json"
     vocab_size = int(json.loads(path.read_text())["vocab_size"]) if path.is_file() else 32_000
     max_model_len = 32_768
-    return MockRunner(vocab_size, first=vocab_size // 4, span=vocab_size // 2), {
+    return MockRunner(vocab_size, first=vocab_size // 4, span=vocab_size // 2, pace=mock_step), {
         "digest": "mock", "name": "mock", "vocab_size": vocab_size, "max_model_len": max_model_len, "eos": [],
         "defaults": {"temperature": 0.0},
         "slots": max_running, "blocks": blocks or max_running * 4096 // block_size, "block_size": block_size,

@@ -1,14 +1,16 @@
 """Who is next: priorities first, then equal shares of tokens between tenants, then order of arrival.
 
 Shares follow the virtual token counters of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). Within a priority
-each tenant has a counter of the tokens served to it, and the smallest counter goes first. A tenant that comes back from idling is
-lifted to the counter that was served last, so that it cannot save up. Priorities do not share counters: whatever a high one was
-served says nothing about whose turn it is among those who waited meanwhile.
+each tenant has a counter of the tokens served to it, and the smallest counter goes first. Tokens are those that were computed or
+sampled: what a prompt finds in the prefix cache is free, and what was preempted is paid for twice. A tenant that comes back from idling
+is lifted to the smallest counter of those who wait or are served, so that it cannot save up. Priorities do not share counters: whatever
+a high one was served says nothing about whose turn it is among those who waited meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, Protocol, TypeVar
 
@@ -42,22 +44,38 @@ class FairQueue(Generic[W]):
         """Where someone may be waiting."""
         return set(self._active)
 
-    def push(self, entry: W, *, front: bool = False) -> None:
-        """Queue an entry; `front` puts it before its tenant's others of the same priority (it was running already)."""
+    def push(self, entry: W, *, front: bool = False, floor: int = 0) -> None:
+        """Queue an entry; `front` puts it before its tenant's others of the same priority (it was running already). `floor` is the smallest
+        counter of those who are being served, 0 if nobody is: who comes is lifted to the smallest one of all."""
         self._pushes += 1
         if self._pushes >= self._sweep_at:
             self._sweep()
         level = self._active[entry.priority] = self._levels.get(entry.priority) or Level()
         self._levels[entry.priority] = level
+        if level.head() is not None:
+            floor = min(floor, level.heap[0][0]) if floor else level.heap[0][0]
         line = level.lines.get(entry.tenant)
+        while line and line[0].gone:
+            line.popleft()
+        if not line:
+            counter = level.served[entry.tenant] = max(level.served.get(entry.tenant, 0), level.turn, floor)
         if line is None:
             line = level.lines[entry.tenant] = deque()
-            counter = level.served[entry.tenant] = max(level.served.get(entry.tenant, 0), level.turn)
             heappush(level.heap, (counter, entry.tenant))
         if front:
             line.appendleft(entry)
         else:
             line.append(entry)
+
+    def tenants(self, priority: int) -> Collection[str]:
+        """Who may be waiting there."""
+        level = self._active.get(priority)
+        return level.lines.keys() if level is not None else ()
+
+    def served(self, priority: int, tenant: str) -> int:
+        """The counter of a tenant: its tokens, and those that it was lifted by."""
+        level = self._levels.get(priority)
+        return level.served.get(tenant, level.turn) if level is not None else 0
 
     def head(self) -> W | None:
         """The entry that is next, left in the queue."""
@@ -69,11 +87,16 @@ class FairQueue(Generic[W]):
             del self._active[priority]
         return None
 
-    def pop(self) -> W:
-        """Take the entry that `head` returned; since then nothing of its priority or a higher one was pushed or charged."""
-        level = self._active[max(self._active)]
-        level.turn, tenant = level.heap[0]
-        return level.lines[tenant].popleft()
+    def head_at(self, priority: int, without: Collection[str] = ()) -> W | None:
+        """The entry that is next at this priority, when the tenants `without` do not count."""
+        level = self._active.get(priority)
+        return level.head(without) if level is not None else None
+
+    def pop(self, entry: W) -> W:
+        """Take an entry that `head` or `head_at` returned; since then nothing of its priority was pushed or charged."""
+        level = self._active[entry.priority]
+        level.turn = level.heap[0][0]
+        return level.lines[entry.tenant].popleft()
 
     def charge(self, priority: int, tenant: str, tokens: int) -> None:
         """`tokens` were served to a tenant, at this priority."""
@@ -100,14 +123,16 @@ class Level(Generic[W]):
         self.lines: dict[str, deque[W]] = {}  # tenant → who came first
         self.heap: list[tuple[int, str]] = []  # (counter when pushed, tenant) of each line; counters only grow
         self.served: dict[str, int] = {}
-        self.turn = 0  # the counter served last; no line has a smaller one
+        self.turn = 0  # the smallest counter of a line when one was served last; no line has a smaller one
 
     @property
     def waiting(self) -> int:
         return sum(len(line) for line in self.lines.values())
 
-    def head(self) -> W | None:
-        while self.heap:
+    def head(self, without: Collection[str] = ()) -> W | None:
+        aside: list[tuple[int, str]] = []
+        found: W | None = None
+        while self.heap and found is None:
             counter, tenant = self.heap[0]
             line = self.lines[tenant]
             while line and line[0].gone:
@@ -117,9 +142,13 @@ class Level(Generic[W]):
                 heappop(self.heap)
             elif counter != self.served[tenant]:
                 heapreplace(self.heap, (self.served[tenant], tenant))
+            elif tenant in without:
+                aside.append(heappop(self.heap))
             else:
-                return line[0]
-        return None
+                found = line[0]
+        for entry in aside:
+            heappush(self.heap, entry)
+        return found
 
     def sweep(self) -> None:
         lines = {tenant: deque(entry for entry in line if not entry.gone) for tenant, line in self.lines.items()}

@@ -7,6 +7,9 @@
 `plan` builds the next step and may be called again before the results of earlier steps are back (look-ahead); `commit` takes those
 results in order. The token budget of a step goes by priority; within one, decodes come first, then the prompts that have begun, in
 order of admission, then the queue. So nobody waits for a lower priority longer than the steps that are launched already.
+
+Tenants of one priority share what is scarce. Tokens: the queue goes by what each was served, and in a step nobody gets much more than
+the others (`engine.turns`). Slots and blocks: whoever holds less than the one that holds the most may take from it (`_level`).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from penstock.engine.queue import FairQueue
 from penstock.engine.request import Request
 from penstock.engine.slots import Int64, Slots
 from penstock.engine.stream import NO_TOKENS, NOWHERE, Stream, known_tokens
+from penstock.engine.turns import Allowance, Turns, who_yields
 
 __all__ = ["NO_TOKENS", "Commit", "Counters", "Ended", "PromptLogprobs", "Scheduler", "SchedulerConfig"]
 
@@ -40,6 +44,7 @@ class SchedulerConfig:
     token_budget: int = 2048  # most query tokens in a step
     max_model_len: int = 4096
     prefix_cache: bool = True
+    quantum: int = 16  # tokens of a step that a tenant gets at least, however little others ask for; 0: it holds nobody back
 
 
 class Scheduler:
@@ -52,6 +57,7 @@ class Scheduler:
         self._slots = Slots(config.slots, config.block_size, config.max_model_len)
         self._prefixes = Prefixes(self.pool, self._slots, enabled=config.prefix_cache)
         self._queue: FairQueue[Stream] = FairQueue()
+        self._turns = Turns(config.quantum, config.token_budget)
         self._streams: dict[int, Stream] = {}
         self._deadlines = Deadlines()
         self._launched: deque[Launched] = deque()
@@ -107,8 +113,13 @@ class Scheduler:
         stream = Stream(replace(request, limit=min(request.limit, most)), self._submitted, now, known_tokens(request))
         self._submitted += 1
         self._streams[request.handle] = stream
-        self._queue.push(stream)
+        self._queue.push(stream, floor=self._least_served(stream.priority))
         self._deadlines.watch(stream)
+
+    def _least_served(self, priority: int) -> int:
+        """The smallest counter of the tenants that are running."""
+        running = self._slots.shares.numbers(priority)
+        return min((self._queue.served(priority, tenant) for tenant in running), default=0)
 
     def abort(self, handle: int, now: float, reason: str = "cancelled") -> None:
         """End a stream. Unknown handles are ignored: it may have ended by itself."""
@@ -136,11 +147,16 @@ class Scheduler:
         self._expire(now)
         draft = Draft(self.config.token_budget)
         for priority in sorted(self._slots.shares.priorities() | self._queue.priorities(), reverse=True):
-            self._decode(priority, draft)
+            running, waiting = self._slots.shares.numbers(priority), self._queue.tenants(priority)
+            allowance = self._turns.begin(priority, running, waiting, now)
+            first = None if allowance is None else self._level(priority)
+            self._decode(priority, draft, allowance)
             for stream in self._slots.prefilling:
                 if stream.priority == priority:
-                    self._chunk(stream, draft)
-            self._admit(priority, draft, now)
+                    self._chunk(stream, draft, allowance)
+            self._admit(priority, draft, allowance, first, now)
+            if allowance is not None:
+                self._turns.end(priority, allowance)
         if (step := draft.launch(self._step, self._slots)) is None:
             return None
         plan, launched = step
@@ -149,10 +165,47 @@ class Scheduler:
         self.counters.count(plan)
         return plan
 
-    def _decode(self, priority: int, draft: Draft) -> None:
-        """Every stream that can decode, with a block for its next token."""
+    def _level(self, priority: int) -> Stream | None:
+        """Make room for a stream whose tenant holds less than the one that holds the most: of slots, if they are short, or else of blocks.
+        Returns the stream: it must be admitted next, or whoever yielded for it would take its place again."""
+        slots, pool = self._slots, self.pool
+        holdings = slots.holdings(priority) if self._queue.tenants(priority) else {}
+        if not holdings:
+            return None
+        held = {tenant: sum(len(stream.blocks) for stream in streams) for tenant, streams in holdings.items()}
+        richest = max(holdings, key=lambda tenant: (held[tenant] if slots.free else len(holdings[tenant]), tenant))
+        busy = {stream.tenant for stream in slots.prefilling}  # these have no use for another slot yet
+        stream = self._queue.head_at(priority, {*busy, richest})
+        if stream is None:
+            return None
+        served = self._queue.served(priority, stream.tenant) - self._queue.served(priority, richest)
+        if not slots.free and served > self.config.token_budget:
+            return None  # it has less because its streams cost more
+        need = self._blocks_for(stream)
+        if slots.free and need <= pool.available:
+            head = self._queue.head_at(priority)
+            return stream if head is not None and self._blocks_for(head) > pool.available else None
+        need -= len(self._prefixes.match(stream))
+        yielding = who_yields(holdings.get(stream.tenant, []), holdings[richest], not slots.free, need, pool.available)
+        for victim in yielding:
+            self._preempt(victim)
+        return stream if yielding else None
+
+    def _blocks_for(self, stream: Stream) -> int:
+        """Blocks that must be there for a stream to be admitted, if none of its prefix is cached."""
+        return -(-len(stream.tokens) // self.config.block_size) + self._spare()
+
+    def _spare(self) -> int:
+        """Blocks that are left to the running streams to grow into: admitting up to the last block would preempt at once."""
+        return min(self._slots.running, self.config.blocks // 16)
+
+    def _decode(self, priority: int, draft: Draft, allowance: Allowance | None) -> None:
+        """Every stream that can decode, with a block for its next token; of a tenant that has had more than others, those whose turn
+        it is."""
         slots = self._slots
         rows = slots.decodes(priority)
+        if allowance is not None:
+            rows = self._in_turn(rows, priority, allowance)
         if len(rows) > draft.budget:  # a higher priority left them too little: take turns
             rows = np.sort(np.roll(rows, -self._step)[: draft.budget])
         full = rows[slots.computed[rows] >= slots.held[rows]]
@@ -160,6 +213,17 @@ class Scheduler:
             self._grow(full, draft)
             rows = rows[slots.decoding[rows]]  # some may have yielded
         draft.decode(rows)
+
+    def _in_turn(self, rows: Int64, priority: int, allowance: Allowance) -> Int64:
+        shares = self._slots.share[rows]
+        for tenant, number in self._slots.shares.numbers(priority).items():
+            mine = shares == number
+            wanted = int(np.count_nonzero(mine))
+            granted = allowance.grant(tenant, wanted, wanted)
+            if granted < wanted:
+                rows = np.sort(np.concatenate([rows[~mine], self._slots.in_turn(rows[mine], granted)]))
+                shares = self._slots.share[rows]
+        return rows
 
     def _grow(self, full: Int64, draft: Draft) -> None:
         """One more block for each of these slots, at the cost of whoever is lowest, themselves included. That is never a stream with
@@ -174,25 +238,28 @@ class Scheduler:
             stream.blocks.append(block)
         self._slots.held[slots] += self.config.block_size
 
-    def _chunk(self, stream: Stream, draft: Draft) -> None:
-        """The next tokens of a prompt, as far as the budget goes."""
+    def _chunk(self, stream: Stream, draft: Draft, allowance: Allowance | None) -> None:
+        """The next tokens of a prompt, as far as the budget goes, and what its tenant may have of it."""
         start = int(self._slots.computed[stream.slot])
         tokens = self._slots.known_tokens(stream)[start : start + draft.budget]
+        if allowance is not None:
+            tokens = tokens[: allowance.grant(stream.tenant, int(self._slots.known[stream.slot]) - start, draft.budget)]
         if len(tokens):
             draft.chunk(stream.slot, tokens)
             self._queue.charge(stream.priority, stream.tenant, len(tokens))
             # From here on others may share what this step computes: in each layer all keys are written before any is read.
             self._prefixes.offer(stream, start + len(tokens))
 
-    def _admit(self, priority: int, draft: Draft, now: float) -> None:
-        """Fill slots from the queue, in its order, while tokens, slots and blocks last."""
-        while draft.budget > 0 and (stream := self._queue.head()) is not None and stream.priority == priority:
-            hits = self._make_room(stream)
-            if hits is None:
+    def _admit(self, priority: int, draft: Draft, allowance: Allowance | None, first: Stream | None, now: float) -> None:
+        """Fill slots from the queue, `first` and then in its order, while tokens, slots and blocks last."""
+        while draft.budget > 0:
+            stream, first = first or self._queue.head_at(priority, allowance.spent() if allowance is not None else ()), None
+            hits = None if stream is None else self._make_room(stream)
+            if stream is None or hits is None:
                 return
-            self._queue.pop()
+            self._queue.pop(stream)
             self._fill(stream, hits, draft, now)
-            self._chunk(stream, draft)
+            self._chunk(stream, draft, allowance)
 
     def _make_room(self, stream: Stream) -> list[int] | None:
         """Preempt streams of lower priority until there is a slot for this one, and blocks for all its known tokens. Returns the
@@ -207,8 +274,7 @@ class Scheduler:
             return None  # even if all of them yielded
         while True:
             need = blocks + sum(pool.is_cached(block) for block in hits)
-            # Leave the running streams some blocks to grow into: admitting up to the last block would preempt at once.
-            if slots.free and pool.available >= need + min(slots.running, self.config.blocks // 16):
+            if slots.free and pool.available >= need + self._spare():
                 return hits
             if slots.running == 0 or slots.lowest().priority >= stream.priority:
                 return None

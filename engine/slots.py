@@ -52,6 +52,7 @@ class Slots:
         self.priority = np.full(slots, NO_PRIORITY, np.int64)
         self.number = np.zeros(slots, np.int64)
         self.share = np.zeros(slots, np.int64)
+        self.ran = np.zeros(slots, np.int64)  # the step that it was in last
         self.stops = np.full((slots, 4), -1, np.int32)
         self.tokens = np.zeros((slots, max_model_len + 1), np.int32)
         self._next_stay = 0
@@ -72,9 +73,27 @@ class Slots:
         return self.at(np.flatnonzero(self.priority < priority))
 
     def lowest(self) -> Stream:
-        """Who yields first: of the lowest priority, the newest."""
+        """Who yields first: of the lowest priority, the newest of those whose tenant holds the most blocks."""
         candidates = np.flatnonzero(self.priority == self.priority.min())
-        stream: Stream = self.streams[candidates[self.number[candidates].argmax()]]
+        if len(self.shares) > 1:
+            blocks = np.bincount(self.share[candidates], weights=self.held[candidates])
+            candidates = candidates[blocks[self.share[candidates]] == blocks.max()]
+        return self._newest(candidates)
+
+    def holdings(self, priority: int) -> dict[str, list[Stream]]:
+        """The streams of each tenant at this priority, the newest first."""
+        slots = np.flatnonzero(self.priority == priority)
+        held: dict[str, list[Stream]] = {}
+        for stream in self.at(slots[np.argsort(-self.number[slots])]):
+            held.setdefault(stream.tenant, []).append(stream)
+        return held
+
+    def in_turn(self, slots: Int64, count: int) -> Int64:
+        """Those `count` of these slots that did not run for longest."""
+        return np.sort(slots[np.argsort(self.ran[slots], kind="stable")[:count]])
+
+    def _newest(self, slots: Int64) -> Stream:
+        stream: Stream = self.streams[slots[self.number[slots].argmax()]]
         return stream
 
     def known_tokens(self, stream: Stream) -> Tokens:
@@ -101,7 +120,7 @@ class Slots:
         self.first[slot] = self.known[slot] = self.length[slot] = known
         self.computed[slot], self.held[slot] = cached_blocks * self.block_size, len(stream.blocks) * self.block_size
         self.published[slot] = cached_blocks
-        self.priority[slot], self.number[slot] = stream.priority, stream.number
+        self.priority[slot], self.number[slot], self.ran[slot] = stream.priority, stream.number, 0
         self.share[slot] = self.shares.enter(stream.priority, stream.tenant)
         self.tokens[slot, :known] = stream.tokens
         stops = request.sampler.stop_ids
@@ -128,9 +147,10 @@ class Slots:
         """The slots of this priority that can decode."""
         return np.flatnonzero(self.decoding & (self.priority == priority))
 
-    def launch(self, slots: Int32, counts: Int32) -> tuple[Int32, Bools]:
+    def launch(self, step: int, slots: Int32, counts: Int32) -> tuple[Int32, Bools]:
         """Slot `slots[i]` computes its next `counts[i]` tokens. Returns the position of the first, and whether the last one yields a
         new token, for each row."""
+        self.ran[slots] = step
         starts = self.computed[slots]
         computed = self.computed[slots] = starts + counts
         samples = computed == self.length[slots]
@@ -164,8 +184,15 @@ class Shares:
     def __getitem__(self, number: int) -> tuple[int, str]:
         return self._pairs[number]
 
+    def __len__(self) -> int:
+        return len(self._number_of)
+
     def priorities(self) -> set[int]:
         return {priority for priority, _ in self._number_of}
+
+    def numbers(self, priority: int) -> dict[str, int]:
+        """The number of each tenant that is running at this priority."""
+        return {tenant: number for (level, tenant), number in self._number_of.items() if level == priority}
 
     def enter(self, priority: int, tenant: str) -> int:
         number = self._number_of.get((priority, tenant))

@@ -23,8 +23,11 @@ from penstock.engine.queue import FairQueue, Level
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.slots import Shares, Slots
 from penstock.engine.stream import Stream
+from penstock.engine.turns import Turns
 
-PARTS: tuple[type[Any], ...] = (BlockPool, Counters, Deadlines, FairQueue, Level, Prefixes, Scheduler, Shares, Slots)  # what changes
+PARTS: tuple[type[Any], ...] = (  # what changes
+    BlockPool, Counters, Deadlines, FairQueue, Level, Prefixes, Scheduler, Shares, Slots, Turns,
+)  # fmt: skip
 CONTAINERS: tuple[type[Any], ...] = (list, deque, dict, OrderedDict)
 
 

@@ -20,12 +20,12 @@ from typing import Any
 from penstock.clients.aio import AsyncClient
 from penstock.clients.bench.load import Load, Watch, mixed
 from penstock.clients.bench.measure import percentile
+from penstock.clients.bench.offline import engine
 from penstock.clients.bench.verdict import DIVERGED, LOST, REPEATED, TIED
-from penstock.clients.errors import PenstockError
-from penstock.clients.launcher import alaunch
+from penstock.clients.errors import InvalidRequest, PenstockError
 
 KINDS = ("executor", "scheduler", "tokenizer", "detokenizer", "gateway")
-PATIENCE_S = 60.0  # for an engine to be whole again
+PATIENCE_S = 300.0  # for an engine to be whole again: a large model has to be loaded anew
 _LOOK_S = 0.1
 _LATER_S = 0.6  # a second kill comes within this time, if the first one's victim is to be still away
 
@@ -42,20 +42,28 @@ class Blow:
         return [watch.seconds for watch in self.watches if watch.seconds is not None]
 
 
-async def chaos(model: str | None, kills: int, streams: int, output: int | None, seed: int, **config: Any) -> dict[str, Any]:
-    """At least `kills` kills while `streams` streams of at most `output` tokens run; of a mock executor if no `model` is named."""
+async def chaos(
+    model: str | None, kills: int, streams: int, output: int | None, seed: int, kinds: list[str] | None = None, **config: Any
+) -> dict[str, Any]:
+    """At least `kills` kills, of actors of these `kinds` (none: of all), while `streams` streams of at most `output` tokens run; of a mock
+    executor if no `model` is named. A `model` may be a shape, too: see `offline.engine`."""
     mock = model is None
     config = {"tokenizers": 2, "detokenizers": 2, **({"executor": "mock"} if mock else {}), **config}
+    for kind in kinds or ():
+        if kind not in KINDS:
+            limit = ", ".join(KINDS)
+            raise InvalidRequest(f"kinds={kind!r}: must be {limit}", field="kinds", value=kind, limit=limit)
     with tempfile.TemporaryDirectory(prefix="penstock-chaos-") as folder:
         log = Path(config.setdefault("log_file", str(Path(folder) / "log.jsonl")))
-        async with alaunch(model or "tiny", **config) as client:
-            vocab = int(client.model["vocab_size"])
+        async with engine(model or "tiny", **config) as (client, _):
+            vocab, dtype = int(client.model["vocab_size"]), (await client.status())["model"]["dtype"]
             orders = mixed(streams, output or (6000 if mock else 160), vocab, logprobs=not mock)
-            load = Load(client, orders, vocab)
+            load = Load(client, orders, vocab, exact=dtype in ("none", "float32"))
             await load.measure()
+            parting = await load.part()
             begun = time.perf_counter()
             with load.running() as tasks:
-                blows = await _kill(client, load, kills, random.Random(seed))
+                blows = await _kill(client, load, kills, random.Random(seed), tuple(kinds or KINDS))
             await tasks
             seconds = time.perf_counter() - begun
             report = await idle(client)
@@ -63,8 +71,12 @@ async def chaos(model: str | None, kills: int, streams: int, output: int | None,
     return {
         "kills": sum(len(blow.kinds) for blow in blows), "streams": sum(load.verdicts.values()), "lost": load.verdicts[LOST],
         "repeated": load.verdicts[REPEATED], "diverged": load.verdicts[DIVERGED], "ties": load.verdicts[TIED],
+        "exact": load.exact, "dtype": dtype, "parting_undisturbed": parting,
         **_recovery("recovery", [second for blow in blows for second in blow.seconds]),
         "recovery": {kind: _recovery("", [second for blow in blows if blow.kinds == (kind,) for second in blow.seconds]) for kind in KINDS},
+        "blows": [list(blow.kinds) for blow in blows], "open_streams": [len(blow.seconds) for blow in blows],
+        "recovery_first_s": [min(blow.seconds, default=None) for blow in blows],
+        "recovery_last_s": [max(blow.seconds, default=None) for blow in blows],
         "killed": {kind: sum(blow.kinds.count(kind) for blow in blows) for kind in KINDS},
         "together": sum(len(blow.kinds) > 1 for blow in blows), "strange_deaths": strange, "odd": load.odd,
         "open": report["requests"]["open"],
@@ -86,7 +98,7 @@ async def idle(client: AsyncClient, seconds: float = PATIENCE_S) -> dict[str, An
         await asyncio.sleep(_LOOK_S)
 
 
-async def _kill(client: AsyncClient, load: Load, kills: int, draw: random.Random) -> list[Blow]:
+async def _kill(client: AsyncClient, load: Load, kills: int, draw: random.Random, choice: tuple[str, ...]) -> list[Blow]:
     blows: list[Blow] = []
     gone: dict[tuple[str, int], int] = {}  # whom the last blow met, and which incarnation that was
     done = 0
@@ -94,7 +106,7 @@ async def _kill(client: AsyncClient, load: Load, kills: int, draw: random.Random
         crew = await _whole(client, gone)
         await asyncio.sleep(draw.uniform(0, 0.4))
         style = draw.choices(("one", "two", "later"), (70, 15, 15))[0]
-        kinds = draw.sample(KINDS, 1 if style == "one" else 2)
+        kinds = draw.sample(choice, 1 if style == "one" or len(choice) == 1 else 2)
         victims = [draw.choice([row for row in crew if row["kind"] == kind]) for kind in kinds]
         watches = load.watch()
         for row in victims:

@@ -70,6 +70,7 @@ class Load:
     client: AsyncClient
     orders: list[Order]
     vocab: int
+    exact: bool = True  # float32: see `judge`
     verdicts: Counter[str] = field(default_factory=Counter)
     odd: list[str] = field(default_factory=list)
     _undisturbed: list[tuple[Told, int]] = field(default_factory=list)  # with the prompt's tokens
@@ -83,6 +84,11 @@ class Load:
         for told, _ in self._undisturbed:
             if told.error is not None:
                 raise PenstockError(f"an undisturbed stream failed: {told.error}")
+
+    async def part(self) -> int:
+        """How many streams part from their undisturbed run when they are run once more, undisturbed."""
+        again = await asyncio.gather(*(self._run(number) for number in range(len(self.orders))))
+        return sum(one.ids != other.ids for (one, _), (other, _) in zip(again, self._undisturbed, strict=True))
 
     @contextmanager
     def running(self) -> Iterator[asyncio.Future[Any]]:
@@ -108,7 +114,7 @@ class Load:
         score = noisy_score(prompt_tokens, params["temperature"], params["seed"], self.vocab) if "logprobs" in params else None
         while not self._over:
             told, _ = await self._run(number)
-            verdict = judge(told, undisturbed, score)
+            verdict = judge(told, undisturbed, score, exact=self.exact)
             self.verdicts[verdict] += 1
             if verdict != SAME and len(self.odd) < 20:
                 facts = f"{len(told.ids)} of {len(undisturbed.ids)} ids: {told.error or told.reason}"

@@ -13,6 +13,11 @@ _QWEN3 = {
 }  # fmt: skip
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "cpu-1m": {
+        **_LLAMA, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 1024, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "torch_dtype": "float32",
+    },
     "cpu-32m": {
         **_LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 1024, "rope_theta": 10000.0,

@@ -33,6 +33,24 @@ def test_a_stream_is_the_same_or_it_lost_repeated_or_changed_something(told: Tol
     assert judge(told, WHOLE, None) == verdict
 
 
+LONG = Told([number * 37 % 101 for number in range(60)], "text", "length", [])
+
+
+@pytest.mark.parametrize(
+    ("ids", "verdict"),
+    [
+        (LONG.ids[:20] + [200 + number for number in range(40)], DIVERGED),
+        (LONG.ids[:20] + LONG.ids[40:45] + [200 + number for number in range(35)], DIVERGED),  # a phrase that comes again
+        (LONG.ids[:20] + LONG.ids[21:] + [99], LOST),
+        (LONG.ids[:20] + LONG.ids[19:-1], REPEATED),
+        (LONG.ids[:20], LOST),
+        (LONG.ids + [5], REPEATED),
+    ],
+)
+def test_where_a_stream_may_part_it_lost_something_only_if_all_that_follows_is_moved(ids: list[int], verdict: str) -> None:
+    assert judge(replace(LONG, ids=ids), LONG, None, exact=False) == verdict
+
+
 @pytest.mark.parametrize(("difference", "verdict"), [(5e-5, TIED), (5e-4, DIVERGED)])
 def test_streams_tie_where_the_scores_that_they_part_at_are_equal_in_float32(difference: float, verdict: str) -> None:
     undisturbed = replace(WHOLE, logprobs=[-1.0] * len(IDS))

@@ -342,6 +342,7 @@ CONFIGS = st.builds(
     token_budget=st.one_of(st.integers(1, 6), st.integers(6, 40)),
     max_model_len=st.integers(6, 24),
     prefix_cache=st.booleans(),
+    quantum=st.sampled_from([0, 1, 2, 5, 64]),
 )
 
 
