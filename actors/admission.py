@@ -47,7 +47,8 @@ class Job:
     encode: Encode
     tokens: int  # about as many will its prompt have
     tokenizer: tuple[int, int] | None = None  # index and incarnation of who has it
-    tries: int = 0
+    turn: int = 0  # it was sent after those with smaller ones
+    tries: int = 0  # tokenizers that died at it
 
 
 class Admission:
@@ -59,6 +60,7 @@ class Admission:
         self._streams = self._tokens = 0  # of all jobs
         self._tally = Tally()
         self._numbers = incarnation << 32
+        self._turns = 0
         self._random = random.Random()
 
     def admit(self, request: OpenRequest, message: Generate, model: Model, journal: Journal, held: Held, now: float) -> Job | None:
@@ -180,19 +182,22 @@ class Admission:
             if busy[index] >= AT_ONCE:
                 return
             busy[index] += 1
-            job.tokenizer, job.tries = (index, ready[index].incarnation), job.tries + 1
+            self._turns += 1
+            job.tokenizer, job.turn = (index, ready[index].incarnation), self._turns
             yield index, job.encode
 
     def reassign(self, peers: Mapping[PeerKey, Peer]) -> list[Job]:
-        """Take jobs back from tokenizers that died. Returns those that were tried too often, which are given up."""
+        """Take jobs back from tokenizers that died. Each was at the first of those that it had; that counts. Returns the jobs at which too
+        many died, which are given up."""
         alive = {(key[1], peer.incarnation) for key, peer in peers.items() if peer.kind == "tokenizer"}
-        given_up = []
-        for job in list(self.jobs.values()):
-            if job.tokenizer is not None and job.tokenizer not in alive:
-                job.tokenizer = None
-                if job.tries >= MOST_TRIES:
-                    self.done(job.number)
-                    given_up.append(job)
+        back = [job for job in self.jobs.values() if job.tokenizer is not None and job.tokenizer not in alive]
+        for dead in {job.tokenizer for job in back}:
+            min((job for job in back if job.tokenizer == dead), key=lambda job: job.turn).tries += 1
+        for job in back:
+            job.tokenizer = None
+        given_up = [job for job in back if job.tries >= MOST_TRIES]
+        for job in given_up:
+            self.done(job.number)
         return given_up
 
     def late(self, now: float) -> list[tuple[OpenRequest, str]]:

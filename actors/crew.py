@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -18,6 +20,7 @@ from penstock.actors.workplace import Workplace
 
 BACKOFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)  # before the nth start in a row of an actor that never was ready; beyond these the engine gives up
 STOP_S = 5.0  # that an actor has to end in order
+USUAL = 4  # times the longest start of its kind: what another one may take
 LEAST_BUDGET = 64  # tokens in a step, however often memory runs out
 
 
@@ -41,6 +44,8 @@ class Crew:
         self._barren = 0  # fork servers in a row that died before they had forked anything
         self._incarnations = 0
         self._token_budget = config.token_budget
+        self._usual: dict[str, float] = {}  # kind → seconds that its longest start took
+        self._starved = starved_processes()
 
     # ── starting ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -65,7 +70,7 @@ class Crew:
         before = self.workers.get(key)
         worker: Worker = ThreadWorker(post, self._context) if self._forks is None else ProcessWorker(post, self._forks)
         if before is not None:
-            worker.failed_starts, worker.relieves = before.failed_starts, before.by_hand
+            worker.failed_starts, worker.relieves = before.failed_starts, before.blameless
         self.workers[key] = worker
 
     def _open_forks(self) -> None:
@@ -102,6 +107,12 @@ class Crew:
         worker = self.workers.get((message.kind, message.index))
         return worker if worker is not None and worker.post.incarnation == message.incarnation else None
 
+    def begin(self, worker: Worker, facts: dict[str, Any], now: float) -> None:
+        """An actor is ready."""
+        self._usual[worker.post.kind] = max(now - worker.begun, self._usual.get(worker.post.kind, 0.0))
+        worker.begin(facts, now)
+        self.announce()
+
     def announce(self) -> None:
         """Tell everyone who is there."""
         everyone = Peers(tuple(worker.row() for worker in self.workers.values() if worker.up))
@@ -129,7 +140,8 @@ class Crew:
 
     def _judge(self, key: PeerKey, worker: Worker, now: float) -> None:
         """End an actor that stalls, or that never gets ready."""
-        still, late = worker.stalled(now, self.config.stall_timeout), worker.late(now, self.config.start_timeout)
+        limit = self._patience(worker)
+        still, late = worker.stalled(now, self.config.stall_timeout), worker.late(now, limit)
         if still is not None:
             text = f"the {key[0]} stalled: nothing moved for {still:.1f} s, in incarnation {worker.post.incarnation}"
             worker.fault = Fault(code="engine_fault", message=text, actor=key[0])
@@ -137,30 +149,38 @@ class Crew:
             worker.kill()
         elif late is not None:
             text = f"the {key[0]} was not ready {late:.1f} s after its start, in incarnation {worker.post.incarnation}"
-            limit = f"{self.config.start_timeout:g} s"
-            worker.fault = Fault(code="start_error", message=text, field="start_timeout", limit=limit, actor=key[0])
+            worker.fault = Fault(code="start_error", message=text, field="start_timeout", limit=f"{limit:g} s", actor=key[0])
             self.log.error("not ready", kind=key[0], index=key[1], seconds=late, up=worker.up)
             worker.kill()
+
+    def _patience(self, worker: Worker) -> float:
+        """Seconds that it may take to start: much more than others of its kind took, and more after each attempt."""
+        usual = self._usual.get(worker.post.kind)
+        if usual is None:
+            return self.config.start_timeout
+        return min(self.config.start_timeout, max(self.config.stall_timeout, USUAL * usual) * 2.0**worker.failed_starts)
 
     def _bury(self, key: PeerKey, worker: Worker, now: float) -> None:
         if worker.pidfd is not None:
             self.mail.unwatch(worker.pidfd)
         worker.close()
+        starved, self._starved = self._starved, starved_processes()
+        worker.blameless = worker.by_hand or (worker.killed() and worker.fault is None and starved == self._starved)
         if worker.by_hand:
             self.log.info("restarted by hand", kind=key[0], index=key[1], death=worker.death())
             worker.up = False
             self.announce()
             self._hire(key)
             return
-        fault = worker.fault or Fault(code="engine_fault", message=f"the {key[0]} died: {worker.death()}", actor=key[0])
+        code = "out_of_memory" if worker.killed() and starved != self._starved else "engine_fault"
+        fault = worker.fault or Fault(code=code, message=f"the {key[0]} died: {worker.death()}", actor=key[0])
         self.log.error("actor died", kind=key[0], index=key[1], death=worker.death(), why=fault.message)
         if fault.code == "out_of_memory" and worker.ready:
             # What else takes memory may stay: the next executor sizes its cache again, beside a smaller worst case.
             self._token_budget = max(LEAST_BUDGET, worker.facts["token_budget"] // 2)
             self.log.warning("smaller steps", token_budget=self._token_budget)
         worker.failed_starts += not worker.ready
-        by_others = worker.killed() and worker.fault is None
-        if not self.started or (worker.failed_starts >= len(BACKOFF_S) and not by_others):
+        if not self.started or (worker.failed_starts >= len(BACKOFF_S) and not worker.blameless):
             self.failure = fault
             return
         worker.up = worker.ready = False
@@ -199,3 +219,10 @@ class Crew:
             worker.close()
         if self._forks is not None:
             self._forks.close()
+
+
+def starved_processes() -> int:
+    """How many processes this machine's kernel has killed for want of memory. To a parent that looks like any SIGKILL; but what a step
+    asked for may be the reason, and nobody's finger."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -110,8 +110,7 @@ class Supervisor:
                 self.log.info("engine ready", address=self.door)
                 self.report({"ready": self.door, "directory": str(self.workplace.path), "pid": os.getpid()})
             return
-        worker.begin(message.facts, time.monotonic())
-        self.crew.announce()
+        self.crew.begin(worker, message.facts, time.monotonic())
         if self.drain_until is not None:
             self.mail.send(GATEWAY, Drain())  # one that was started anew does not know
         self._tell_vitals(time.monotonic())

@@ -17,6 +17,8 @@ from penstock.actors.errors import Fault
 from penstock.actors.forkserver import ForkServer
 from penstock.actors.process import build_actor
 
+PATIENCE = 8  # times what its largest step took at the start: beside a long context it takes longer
+
 
 class Worker(ABC):
     """What is known of an actor's current incarnation."""
@@ -34,7 +36,8 @@ class Worker(ABC):
         self.restart_at: float | None = None
         self.leave_by: float | None = None  # it was told to end, or said that it will
         self.by_hand = False  # it was told to end by an operator, who wants another
-        self.relieves = False  # it came for one that was: nothing that one did was the cause of its end
+        self.blameless = False  # nothing that it did was the cause of its end
+        self.relieves = False  # it came for one that was blameless
         self.pidfd: int | None = None
         self.pid = os.getpid()
 
@@ -66,9 +69,10 @@ class Worker(ABC):
         self.beat, self.progress, self.load = now, progress, load
 
     def stalled(self, now: float, timeout: float) -> float | None:
-        """For how long it has not moved, if that is too long: no heartbeat, or work in flight and no progress."""
+        """For how long it has not moved, if that is too long: no heartbeat, or work in flight and no progress. Where one step takes long,
+        as of a large model on a CPU, so may a heartbeat."""
         still = now - min(self.beat, self.moved)
-        return still if self.ready and still > timeout else None
+        return still if self.ready and still > max(timeout, PATIENCE * self.facts.get("step_s", 0.0)) else None
 
     def late(self, now: float, timeout: float) -> float | None:
         """For how long it has been starting, if that is too long. An actor cannot beat while it loads: only the clock can tell."""

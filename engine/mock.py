@@ -47,9 +47,6 @@ class MockRunner:
         self._seeds = np.zeros(256, np.int64)  # of each slot
         self._last = np.zeros(256, np.int64)  # token that each slot sampled last
 
-    def warm_up(self) -> None:
-        """Nothing to warm up."""
-
     def launch(self, plan: StepPlan) -> MockPending:
         """Answer one id for each row of `plan` that samples."""
         for fill in plan.fills:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine.mock import MockRunner
+from penstock.engine.mock import PACED, MockRunner
 
 if TYPE_CHECKING:
     from penstock.engine.runner import Runner
@@ -33,6 +33,7 @@ def open_mock(
         "defaults": {"temperature": 0.0},
         "slots": max_running, "blocks": blocks or max_running * 4096 // block_size, "block_size": block_size,
         "token_budget": token_budget or 8192, "dtype": "none", "device": "none", "decoder": "none", "attention": "none",
+        "step_s": mock_step * (1 + (token_budget or 8192) / PACED),
     }  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def open_model(
     )
     count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks)
     runner = Runner(built, work.config(count, in_flight=lookahead + 1))
-    runner.warm_up()
+    step_s = runner.warm_up() * work.token_budget
     defaults = spec.defaults
     return runner, {
         "digest": spec.digest, "name": model, "vocab_size": spec.vocab_size, "max_model_len": spec.max_model_len, "eos": spec.eos_ids,
@@ -91,4 +92,5 @@ def open_model(
         },
         "slots": max_running, "blocks": count, "block_size": block_size, "token_budget": work.token_budget, "dtype": spec.dtype,
         "device": device, "decoder": type(built).__name__, "attention": type(runner.attention).__name__,
+        "step_s": step_s,
     }  # fmt: skip

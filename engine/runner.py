@@ -118,14 +118,17 @@ class Runner:
         except RuntimeError as error:  # what torch raises, out of memory included
             return Launched(plan.step, started, places, None, error=f"{type(error).__name__}: {error}")
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> float:
         """Run a prefill and decodes, short and long, on slots and blocks that hold nothing yet, so that the first request finds compiled
-        kernels and allocated buffers. Raises `RuntimeError` if a step fails."""
+        kernels and allocated buffers. Returns the seconds that the prefill took for each token. Raises `RuntimeError` if a step fails."""
         # A CPU compiles nothing for a shape, and a full batch would take it seconds, each time that an executor starts.
         rows = min(self.config.slots, self.config.blocks, 2 if self.device.type == "cpu" else self.config.slots)
+        begun = time.perf_counter()
         self._rehearse(rows, self.config.block_size, Sampler())
+        seconds = time.perf_counter() - begun
         self._rehearse(rows, 1, Sampler(temperature=1.0))
         self._rehearse(1, 1, Sampler(), start=min(self.config.columns, self.config.blocks) * self.config.block_size - 1)
+        return seconds / (rows * self.config.block_size)
 
     def run_worst_case(self, token_budget: int) -> None:
         """Run the steps that take the most memory: `token_budget` tokens in prefill chunks, and all slots sampling with every filter.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
-from penstock.actors.actor import HEARTBEAT_S, Actor, Post
+from penstock.actors.actor import HEARTBEAT_S, Actor, Peer, Post
 from penstock.actors.admission import Admission, Held
 from penstock.actors.config import EngineConfig
 from penstock.actors.detokenizer import DetokenizerActor
@@ -142,6 +142,21 @@ def test_the_detokenizer_tells_a_new_gateway_of_its_streams_and_hears_no_schedul
     assert all(isinstance(message, Released) for message in released)
     assert [message.number for message in released] == [1, 2]
     assert b"".join(message.ids for message in released) == ids(300)
+
+
+def test_a_tokenizer_that_dies_is_held_against_the_prompt_that_it_was_at() -> None:
+    model = Model(name="m", digest="d", tokenizer="t", vocab_size=9, max_model_len=9, capacity=99, eos=(), defaults={})
+    admission, session, journal = Admission(EngineConfig(), 1), Session("c", "", b"id", 0.0), Journal(1)
+    for name in ("guilty", "behind it"):
+        message = Generate(name, name, None, None, {}, {}, None, 0, "", None, None, None)
+        admission.admit(OpenRequest(name, session, 0.0), message, model, journal, Held(), 0.0)
+    given_up = []
+    for incarnation in range(10, 13):
+        peers = {("tokenizer", 0): Peer("tokenizer", 0, incarnation, "", True)}
+        assert len(list(admission.to_send(peers))) == 2
+        given_up += admission.reassign({})
+    assert [job.request.id for job in given_up] == ["guilty"]
+    assert [job.request.id for job in admission.jobs.values()] == ["behind it"]
 
 
 def test_what_was_tokenized_for_a_former_gateway_is_nobodys_prompt() -> None:

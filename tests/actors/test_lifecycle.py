@@ -178,7 +178,7 @@ def test_a_deadline_passes_also_while_a_part_of_the_engine_hangs(stopped: str, c
         os.kill(next(row["pid"] for row in actors if row["kind"] == stopped), signal.SIGSTOP)
         raw.generate("r", prompt="hello there", params={"max_tokens": 5000}, deadline=0.5)
         if stopped == "tokenizer":
-            assert raw.failure("r")["code"] == "overloaded"
+            assert raw.failure("r")["code"] == "deadline"
         else:
             assert [row[1] for row in raw.wait(Chunks, lambda message: bool(message.ends)).ends] == ["deadline"]
 
@@ -287,3 +287,22 @@ def test_an_actor_comes_back_although_the_fork_server_was_killed_too_or_froze(nu
             os.kill(forks, number)
             os.kill(actors["executor"], signal.SIGKILL)
             assert stream.completion().ids == whole.ids
+
+
+def executor(report: dict[str, Any]) -> int:
+    """Its process id."""
+    return next((int(row["pid"]) for row in report["actors"] if row["kind"] == "executor"), 0)
+
+
+def test_whoever_kills_the_executor_again_and_again_makes_nobody_guilty(connect: Callable[[str], Any]) -> None:
+    with Engine("tiny", executor="mock", mock_step=0.05, token_budget=64, record_ring=0) as engine:
+        engine.wait(60)
+        raw = connect(engine.address)
+        raw.hello()
+        raw.generate("long", ids=array("i", range(2, 1002)).tobytes(), params={"max_tokens": 5})
+        killed: set[int] = set()
+        for _ in range(4):
+            report = raw.until(lambda report: report["scheduler"].get("running") == 1 and executor(report) not in killed)
+            killed.add(executor(report))
+            os.kill(executor(report), signal.SIGKILL)
+        assert raw.done("long")["generated_tokens"] == 5

@@ -46,7 +46,7 @@ def test_an_engine_with_an_actor_that_hangs_while_it_starts_says_which(tmp_path:
 
 def test_an_actor_that_freezes_before_its_first_word_is_replaced(tmp_path: Path, connect: Callable[[str], Any]) -> None:
     log = tmp_path / "log.jsonl"
-    with Engine("tiny", executor="mock", start_timeout=10.0, lease=60.0, log_file=str(log)) as engine:
+    with Engine("tiny", executor="mock", stall_timeout=4.0, lease=60.0, log_file=str(log)) as engine:
         engine.wait(60)
         raw = connect(engine.address)
         raw.hello()

@@ -28,6 +28,14 @@ def test_one_that_is_silent_is_stalled() -> None:
     assert made.stalled(114.0, 10.0) == 11.0
 
 
+def test_one_whose_steps_take_long_may_be_silent_for_long() -> None:
+    made = worker()
+    made.begin({"step_s": 20.0}, 100.0)
+    made.heard(5, {}, 103.0)
+    assert made.stalled(262.0, 10.0) is None
+    assert made.stalled(264.0, 10.0) == 161.0
+
+
 def test_one_that_beats_but_does_not_get_on_with_its_work_is_stalled() -> None:
     made = worker()
     for second in range(1, 30):
