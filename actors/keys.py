@@ -14,7 +14,7 @@ from pathlib import Path
 
 import zmq
 
-from penstock.actors.errors import Refusal
+from penstock.actors.errors import Refusal, bad
 
 PUBLIC, SECRET = ".key", ".key_secret"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -38,8 +38,7 @@ def new_pair(folder: Path, name: str) -> tuple[Path, Path]:
     """Make a pair, and the folder if it is not there. Returns the files, public and secret. Never writes over one that is there: it may
     be somebody's only copy. Raises `Refusal`."""
     if not _NAME.fullmatch(name):
-        limit = "1 to 64 letters, digits, dots, dashes and underscores, the first a letter or a digit"
-        raise Refusal("invalid_request", f"name={name[:120]!r}: must be {limit}", field="name", value=name[:120], limit=limit)
+        raise bad("name", name, "1 to 64 letters, digits, dots, dashes and underscores, the first a letter or a digit")
     public, secret = (key.decode() for key in zmq.curve_keypair())
     files = folder / (name + PUBLIC), folder / (name + SECRET)
     texts = f'curve\n    public-key = "{public}"\n', f'curve\n    public-key = "{public}"\n    secret-key = "{secret}"\n'
@@ -49,7 +48,7 @@ def new_pair(folder: Path, name: str) -> tuple[Path, Path]:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "w") as file:
                 file.write(text)
     except OSError as error:
-        raise _bad("folder", error.filename or folder, f"cannot make keys: {error.strerror}") from error
+        raise _unfit("folder", error.filename or folder, f"cannot make keys: {error.strerror}") from error
     return files
 
 
@@ -62,11 +61,11 @@ def read_pair(path: Path) -> Pair:
     """The pair of a secret file, which nobody but its owner may be able to read. Raises `Refusal`."""
     keys = _read("key", path)
     if "secret" not in keys:
-        raise _bad("key", path, f"has no secret key: the file is the one named *{SECRET}")
+        raise _unfit("key", path, f"has no secret key: the file is the one named *{SECRET}")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise _bad("key", path, "can be read by others: chmod 600")
+        raise _unfit("key", path, "can be read by others: chmod 600")
     if zmq.curve_public(keys["secret"].encode()).decode() != keys["public"]:
-        raise _bad("key", path, "holds two keys that are not a pair")
+        raise _unfit("key", path, "holds two keys that are not a pair")
     return Pair(keys["public"], keys["secret"])
 
 
@@ -82,9 +81,9 @@ class KeyFolder:
         try:
             mode = path.stat().st_mode
         except OSError as error:
-            raise _bad("client_keys", path, f"cannot be read: {error.strerror}") from error
+            raise _unfit("client_keys", path, f"cannot be read: {error.strerror}") from error
         if not stat.S_ISDIR(mode) or stat.S_IMODE(mode) & 0o022:
-            raise _bad("client_keys", path, "must be a folder that only its owner may write to")
+            raise _unfit("client_keys", path, "must be a folder that only its owner may write to")
         self.look()
 
     def look(self) -> bool:
@@ -120,11 +119,11 @@ def _read(name: str, path: Path) -> dict[str, str]:
         with path.open(encoding="utf-8", errors="replace") as file:
             keys = dict(_FIELD.findall(file.read(4096)))
     except OSError as error:
-        raise _bad(name, path, f"cannot be read: {error.strerror}") from error
+        raise _unfit(name, path, f"cannot be read: {error.strerror}") from error
     if "public" not in keys:
-        raise _bad(name, path, "is no file of keys: `penstock keys new` makes them")
+        raise _unfit(name, path, "is no file of keys: `penstock keys new` makes them")
     return keys
 
 
-def _bad(name: str, path: object, why: str) -> Refusal:
+def _unfit(name: str, path: object, why: str) -> Refusal:
     return Refusal("invalid_request", f"{path} {why}", field=name, value=str(path)[:120])
