@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.plan import StepResult
+from penstock.engine.plan import StepResult, TopLogprobs
 from penstock.engine.recorder import RecordedScheduler
 from penstock.engine.recording import VERSION, RecordingError, decode, encode
 from penstock.engine.replay import replay
@@ -103,16 +104,90 @@ class Load:
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 def test_the_ring_stays_bounded_and_can_be_replayed_at_any_time_of_a_constant_load(lookahead: int) -> None:
-    load = Load(CROWDED, 200_000, lookahead=lookahead)
+    load = Load(CROWDED, 300_000, lookahead=lookahead)
     for step in range(900):
         load.step()
         assert len(load.recorder._segments) <= 2
-        assert sum(segment.bytes for segment in load.recorder._segments) < 220_000
+        assert sum(segment.bytes for segment in load.recorder._segments) < 330_000
         if step % 100 == 99:
             assert check(load.recorder) > 20
     assert load.recorder.start.scheduler._step > 500  # so what came before is gone
     assert load.recorder.counters.preemptions > 20
     assert load.recorder.counters.prefix_hit_tokens > 20
+
+
+def idle(most: int) -> RecordedScheduler:
+    return RecordedScheduler(SchedulerConfig(slots=2, blocks=200, max_model_len=1000, token_budget=1000), most)
+
+
+def asking(handle: int, **more: Any) -> Request:
+    """For one token after eight."""
+    named: dict[str, Any] = {"prompt": np.full(8, 7, np.int32), "limit": 1, "sampler": Sampler()} | more
+    return Request(handle=handle, attempt=1, generated=np.empty(0, np.int32), **named)
+
+
+def step(recorder: RecordedScheduler, now: float) -> None:
+    if (plan := recorder.plan(now)) is not None:
+        recorder.commit(StepResult(plan.step, np.zeros(int(plan.samples.sum()), np.int32)), now)
+
+
+@pytest.mark.parametrize("wish", ["logit_bias", "allowed_tokens", "bad_words", "long bad words"])
+def test_the_lists_of_samplers_count(wish: str) -> None:
+    most = 2_000_000
+    recorder = idle(most)
+    tracemalloc.start()
+    try:
+        for handle in range(300):
+            first = 1000 * handle + 1000
+            match wish:
+                case "logit_bias":
+                    sampler = Sampler(logit_bias=tuple((first + at, at / 7) for at in range(300)))
+                case "allowed_tokens":
+                    sampler = Sampler(allowed_tokens=tuple(first + at for at in range(1000)))
+                case "bad_words":
+                    sampler = Sampler(bad_words=tuple((first + at,) for at in range(400)))
+                case _:
+                    sampler = Sampler(bad_words=tuple(tuple(first + at + ends for ends in range(60)) for at in range(15)))
+            recorder.submit(asking(handle, sampler=sampler), float(handle))
+            step(recorder, float(handle))
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    counted = sum(segment.bytes for segment in recorder._segments)
+    assert counted < 1.1 * most
+    assert 0.5 * counted < held < 1.3 * counted  # and so the count is about what it is a count of
+
+
+def test_the_history_of_a_stream_counts_each_time_that_it_comes_back() -> None:
+    most = 1_000_000
+    recorder = RecordedScheduler(SchedulerConfig(slots=1, blocks=3000, max_model_len=30_000, token_budget=30_000), most)
+    recorder.submit(asking(0, prompt=np.full(25_000, 7, np.int32), limit=400, sampler=Sampler(repetition_penalty=1.2)), 0.0)
+    for now in range(150):
+        if now % 3 == 2:  # the long one yields, and then finds its blocks again
+            recorder.submit(asking(now, priority=1), float(now))
+        step(recorder, float(now))
+    assert recorder.counters.preemptions > 25
+    plans = [call.answer for call in recorder.calls if call.kind == "plan" and call.answer is not None]
+    histories = {id(fill.history): fill.history.nbytes for plan in plans for fill in plan.fills}
+    assert sum(histories.values()) + sum(plan.tokens.nbytes for plan in plans) < most
+
+
+def test_log_probabilities_that_nobody_gets_are_not_kept() -> None:
+    recorder = RecordedScheduler(SchedulerConfig(slots=1, blocks=200, max_model_len=1000, token_budget=100), 2000)
+    recorder.submit(asking(1, prompt=np.full(900, 7, np.int32), sampler=Sampler(prompt_logprobs=20)), 0.0)
+    stream = recorder._streams[1]
+    for now in range(5):
+        plan = recorder.plan(float(now))
+        assert plan is not None
+        of = np.zeros(100, np.int32)
+        part = TopLogprobs(of, np.zeros((100, 21), np.int32), np.zeros((100, 21), np.float32), of)
+        recorder.commit(StepResult(plan.step, np.empty(0, np.int32), prompt_logprobs=part), float(now))
+    assert len(stream.prompt_parts) == 5
+    assert recorder.start.scheduler._step > 0  # begun while there were some
+    assert not any(any(segment.start.columns["prompt_parts"]) for segment in recorder._segments)
+    recorder.abort(1, 9.0)
+    assert not stream.prompt_parts
+    check(recorder)
 
 
 def test_no_id_of_anybody_is_in_a_recording() -> None:
