@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import resource
 import subprocess
 import sys
 import tracemalloc
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from penstock.engine.plan import StepResult, TopLogprobs
 from penstock.engine.recorder import RecordedScheduler
-from penstock.engine.recording import VERSION, RecordingError, decode, encode
+from penstock.engine.recording import MOST_CELLS, MOST_STOPS, VERSION, RecordingError, decode, encode
 from penstock.engine.replay import replay
 from penstock.engine.request import Request, Sampler
 from penstock.engine.scheduler import SchedulerConfig
@@ -223,6 +225,15 @@ def recorded(steps: int = 60) -> list[Any]:
     return body
 
 
+def load_of(seed: int) -> list[Any]:
+    """A small one, of which every part can be met by chance."""
+    load = Load(replace(CROWDED, slots=3, blocks=12), 30_000, seed=seed, text=seed == 0)
+    for _ in range(60):
+        load.step()
+    body: list[Any] = msgpack.unpackb(encode(load.recorder))
+    return body
+
+
 def test_a_plan_that_differs_is_reported_with_its_column() -> None:
     body = recorded()
     plans = [call for call in body[5] if call[0] == "plan" and call[4] is not None]
@@ -292,6 +303,55 @@ def test_whatever_was_changed_a_recording_is_refused_or_run() -> None:
             replay(decode(bytes(broken)))
 
 
+def leaves(value: Any, path: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
+    """Where the values that are no lists are."""
+    if not isinstance(value, list):
+        return [path]
+    return [found for at, entry in enumerate(value) for found in leaves(entry, (*path, at))]
+
+
+REAL = [load_of(seed) for seed in range(3)]
+LEAVES = [[[(part, *path) for path in leaves(body[part])] for part in (4, 5)] for body in REAL]
+ODD = st.one_of(
+    st.sampled_from([0, -1, 1, 2**31, 2**33, 2**62, -(2**40), None, True, "x", b"", [], 1e308, float("nan")]),
+    st.sampled_from([["again", 0], ["again", 3], ["list", []], ["tuple", [1, 2]], ["array", "<i4", [0], b""], ["array", "<i8", [2], None]]),
+    st.sampled_from([["array", "<i8", [2**20], None], ["array", "<i4", [2, 2], None], ["array", "<i8", [2**27], None], "Sampler"]),
+    st.integers(-(2**63), 2**63 - 1), st.binary(max_size=8),
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_recording_with_other_values_in_it_is_refused_or_run(data: st.DataObject) -> None:
+    number = data.draw(st.integers(0, len(REAL) - 1))
+    body = copy.deepcopy(REAL[number])
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(LEAVES[number][data.draw(st.integers(0, 1))]))
+        holder = body
+        for at in path[:-1]:
+            holder = holder[at] if isinstance(holder, list) and at < len(holder) else []
+        if isinstance(holder, list) and path[-1] < len(holder):
+            old = holder[path[-1]]
+            near = [old + 1, old - 1] if isinstance(old, int) else [bytes(len(old)), old[::-1]] if isinstance(old, bytes) else [old]
+            holder[path[-1]] = data.draw(st.one_of(ODD, st.sampled_from(near)))
+    try:
+        changed = msgpack.packb(body)
+    except OverflowError:  # a number one above the largest
+        return
+    with suppress(RecordingError):
+        replay(decode(changed))
+
+
+def test_a_sampler_with_a_list_for_a_number_is_a_difference() -> None:
+    body = recorded()
+    submitted = next(call for call in body[5] if call[0] == "submit")
+    sampler = submitted[3][1][body[3]["Request"].index("sampler")]
+    sampler[1][body[3]["Sampler"].index("seed")] = ["array", "<i4", [2], None]
+    told = replay(decode(msgpack.packb(body)))
+    assert told.difference is not None
+    assert told.difference.startswith("`plan` raised TypeError")
+
+
 def encode_small() -> bytes:
     load = Load(replace(CROWDED, slots=2, blocks=8), 10_000)
     for _ in range(30):
@@ -305,6 +365,48 @@ def test_a_recording_cannot_ask_for_much_memory_or_other_classes(array: list[Any
     next(call for call in body[5] if call[0] == "commit")[3][1] = array
     with pytest.raises(RecordingError):
         decode(msgpack.packb(body))
+
+
+def test_many_arrays_cannot_ask_together_for_what_one_may_not() -> None:
+    body = recorded(3)
+    submitted = next(call for call in body[5] if call[0] == "submit")
+    submitted[4] = ["list", [["array", "<i8", [MOST_CELLS // 4], None]] * 4]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RecordingError, match="arrays of more than"):
+        decode(msgpack.packb(body))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_results_are_of_no_more_than_all_slots() -> None:
+    body = recorded(3)
+    next(call for call in body[5] if call[0] == "commit")[3][1] = ["array", "<i4", [CROWDED.slots + 1], None]
+    with pytest.raises(RecordingError, match="at most 6 slots"):
+        decode(msgpack.packb(body))
+
+
+def test_numbers_that_are_as_good_as_shapes_are_bounded() -> None:
+    body = recorded(3)
+    slots = next(part for part in body[4][1] if isinstance(part, list) and part[0] == "Slots")
+    slots[1][body[3]["Slots"].index("share")] = ["array", "<i8", [6], np.full(6, 2**33).tobytes()]
+    with pytest.raises(RecordingError, match="not those of 6 streams"):
+        decode(msgpack.packb(body))
+    body = recorded(3)
+    submitted = next(call for call in body[5] if call[0] == "submit")
+    sampler = submitted[3][1][body[3]["Request"].index("sampler")]
+    sampler[1][body[3]["Sampler"].index("stop_ids")] = ["tuple", [1] * (MOST_STOPS + 1)]
+    with pytest.raises(RecordingError, match="257 stop ids"):
+        decode(msgpack.packb(body))
+
+
+def test_a_lack_of_memory_is_an_error_of_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = msgpack.packb(recorded(3))
+
+    def zeros(*_: Any) -> Any:
+        raise MemoryError("Unable to allocate")
+
+    monkeypatch.setattr(np, "zeros", zeros)
+    with pytest.raises(RecordingError):
+        decode(data)
 
 
 def test_a_replay_needs_no_torch() -> None:
