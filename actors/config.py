@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from penstock.actors.errors import Refusal
+from penstock.actors.errors import bad
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -80,30 +80,30 @@ class EngineConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise _bad(name, getattr(self, name), "one of " + ", ".join(map(str, allowed)))
+                raise bad(name, getattr(self, name), "one of " + ", ".join(map(str, allowed)))
         counts = ("max_running", "tokenizers", "detokenizers", "max_open", "max_open_per_client", "max_queued_tokens", "max_message")
         for name in (*counts, "window"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise _bad(name, getattr(self, name), "an integer above 0")
+                raise bad(name, getattr(self, name), "an integer above 0")
         for name in ("max_model_len", "blocks", "token_budget", "threads"):
             if getattr(self, name) is not None and (not isinstance(getattr(self, name), int) or getattr(self, name) < 1):
-                raise _bad(name, getattr(self, name), "an integer above 0, or nothing")
+                raise bad(name, getattr(self, name), "an integer above 0, or nothing")
         if self.quantum is not None and (not isinstance(self.quantum, int) or self.quantum < 0):
-            raise _bad("quantum", self.quantum, "an integer of 0 or more, or nothing")
+            raise bad("quantum", self.quantum, "an integer of 0 or more, or nothing")
         if self.memory is not None and (not isinstance(self.memory, int | float) or not self.memory > 0):
-            raise _bad("memory", self.memory, "a number above 0, or nothing")
+            raise bad("memory", self.memory, "a number above 0, or nothing")
         if not isinstance(self.record_ring, int) or self.record_ring < 0:
-            raise _bad("record_ring", self.record_ring, "an integer of 0 or more")
+            raise bad("record_ring", self.record_ring, "an integer of 0 or more")
         if not isinstance(self.mock_step, int | float) or not 0 <= self.mock_step <= 60:
-            raise _bad("mock_step", self.mock_step, "a number from 0 to 60")
+            raise bad("mock_step", self.mock_step, "a number from 0 to 60")
         for name in ("lease", "drain_timeout", "stall_timeout", "start_timeout", "message_rate", "byte_rate"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
-                raise _bad(name, getattr(self, name), "a number above 0")
+                raise bad(name, getattr(self, name), "a number above 0")
         if (self.secret_key is None) != (self.client_keys is None):
             name = "secret_key" if self.secret_key is None else "client_keys"
-            raise _bad(name, None, "given together with " + ("client_keys" if self.secret_key is None else "secret_key"))
+            raise bad(name, None, "given together with " + ("client_keys" if self.secret_key is None else "secret_key"))
         if self.operators is not None and (self.secret_key is None or not all(map(str.strip, self.operators.split(",")))):
-            raise _bad("operators", self.operators, "names of users, separated by commas, of an engine that demands keys")
+            raise bad("operators", self.operators, "names of users, separated by commas, of an engine that demands keys")
         if self.address is not None:
             self._check_address(self.address)
 
@@ -111,12 +111,12 @@ class EngineConfig:
         scheme, _, place = address.partition("://")
         host, _, port = place.rpartition(":")
         if scheme == "tcp" and not (port.isdecimal() and int(port) < 65536):
-            raise _bad("address", address, "tcp://HOST:PORT with a port of 1 to 65535")
+            raise bad("address", address, "tcp://HOST:PORT with a port of 1 to 65535")
         if self.secret_key is not None:
             if scheme not in ("ipc", "tcp"):  # over inproc there is no handshake
-                raise _bad("address", address, "ipc://PATH or tcp://HOST:PORT, where keys can be demanded")
+                raise bad("address", address, "ipc://PATH or tcp://HOST:PORT, where keys can be demanded")
         elif scheme not in ("ipc", "inproc") and (scheme, host) not in (("tcp", "127.0.0.1"), ("tcp", "localhost"), ("tcp", "[::1]")):
-            raise _bad("address", address, "ipc://PATH or tcp://127.0.0.1:PORT (any other address needs secret_key and client_keys)")
+            raise bad("address", address, "ipc://PATH or tcp://127.0.0.1:PORT (any other address needs secret_key and client_keys)")
 
     def to_wire(self) -> dict[str, Any]:
         return {spec.name: getattr(self, spec.name) for spec in fields(self)}
@@ -126,9 +126,5 @@ class EngineConfig:
         known = {spec.name for spec in fields(cls)}
         for name in values:
             if name not in known:
-                raise _bad(name, values[name], "one of the known settings: " + ", ".join(sorted(known)))
+                raise bad(name, values[name], "one of the known settings: " + ", ".join(sorted(known)))
         return cls(**values)
-
-
-def _bad(name: str, value: object, limit: str) -> Refusal:
-    return Refusal("invalid_request", f"{name}={value!r}: must be {limit}", field=name, value=repr(value)[:120], limit=limit)

@@ -80,6 +80,11 @@ class Door:
         """What is wrong with files in the folder of keys."""
         return [] if self.zap is None else self.zap.keys.unreadable
 
+    @property
+    def error(self) -> str | None:
+        """Why the folder of keys cannot be read now."""
+        return None if self.zap is None else self.zap.keys.error
+
     def look(self, now: float) -> bool:
         """Judge who is connecting, by the keys as they are now. Whether who may come in has changed: `users` says so from here on."""
         if self.zap is None:

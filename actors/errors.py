@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+LONGEST_SHOWN = 120  # characters of a value that is refused
+
 # code → (whether trying again helps, what it means)
 CODES: dict[str, tuple[bool, str]] = {
     "invalid_request": (False, "a field is missing, unknown, of the wrong type or out of range"),
@@ -64,3 +66,9 @@ class Refusal(Exception):
     def __init__(self, code: str, message: str, **more: Any) -> None:
         self.fault = Fault(code=code, message=message, **more)
         super().__init__(message)
+
+
+def bad(field: str, value: object, limit: str) -> Refusal:
+    """A field whose value is not as it must be. Of what others send, only so much is shown as fits a line."""
+    text, shown = (value[:LONGEST_SHOWN], repr(value[:LONGEST_SHOWN])) if isinstance(value, str) else (repr(value)[:LONGEST_SHOWN],) * 2
+    return Refusal("invalid_request", f"{field}={shown}: must be {limit}", field=field, value=text, limit=limit)

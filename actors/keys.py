@@ -6,24 +6,38 @@ its owner may read, holds both. Whoever's `NAME.key` lies in an engine's folder 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
+import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
+from zmq.utils import z85
 
-from penstock.actors.errors import Refusal
+from penstock.actors.errors import LONGEST_SHOWN, Refusal, bad
 
 PUBLIC, SECRET = ".key", ".key_secret"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _Z85 = r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}"
 _FIELD = re.compile(rf'^\s*(public|secret)-key\s*=\s*"({_Z85})"\s*$', re.MULTILINE)
+# These say something about one file of the folder. All other errors, such as having no descriptors left, say nothing about who may come in.
+_OF_ONE_FILE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV, errno.ENAMETOOLONG}
+UNSETTLED_S = 0.05  # files changed so lately may have been changed again within a tick of the clock that their times are told by
+
+Facts = tuple[str, int, int, int, int, int]  # of a file: its name, and what changes when another one takes its place, or it is written to
 
 
 def is_key(text: str) -> bool:
-    return bool(re.fullmatch(_Z85, text))
+    if not re.fullmatch(_Z85, text):
+        return False
+    try:
+        return len(z85.decode(text)) == 32
+    except struct.error:  # five characters can spell more than four bytes hold
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,93 +52,156 @@ def new_pair(folder: Path, name: str) -> tuple[Path, Path]:
     """Make a pair, and the folder if it is not there. Returns the files, public and secret. Never writes over one that is there: it may
     be somebody's only copy. Raises `Refusal`."""
     if not _NAME.fullmatch(name):
-        limit = "1 to 64 letters, digits, dots, dashes and underscores, the first a letter or a digit"
-        raise Refusal("invalid_request", f"name={name[:120]!r}: must be {limit}", field="name", value=name[:120], limit=limit)
+        raise bad("name", name, "1 to 64 letters, digits, dots, dashes and underscores, the first a letter or a digit")
     public, secret = (key.decode() for key in zmq.curve_keypair())
     files = folder / (name + PUBLIC), folder / (name + SECRET)
     texts = f'curve\n    public-key = "{public}"\n', f'curve\n    public-key = "{public}"\n    secret-key = "{secret}"\n'
+    made: list[Path] = []
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path, text, mode in zip(reversed(files), reversed(texts), (0o600, 0o644), strict=True):
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "w") as file:
+                made.append(path)
                 file.write(text)
     except OSError as error:
-        raise _bad("folder", error.filename or folder, f"cannot make keys: {error.strerror}") from error
+        for path in made:  # half a pair is of no use, and would stand in the way of the next one
+            path.unlink(missing_ok=True)
+        raise _unfit("folder", error.filename or folder, f"cannot make keys: {error.strerror}") from error
     return files
 
 
 def read_public(path: Path) -> str:
     """The public key of a file of either kind. Raises `Refusal`."""
-    return _read("key", path)["public"]
+    return _open("key", path)[0]["public"]
 
 
 def read_pair(path: Path) -> Pair:
     """The pair of a secret file, which nobody but its owner may be able to read. Raises `Refusal`."""
-    keys = _read("key", path)
+    keys, mode = _open("key", path)
     if "secret" not in keys:
-        raise _bad("key", path, f"has no secret key: the file is the one named *{SECRET}")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise _bad("key", path, "can be read by others: chmod 600")
+        raise _unfit("key", path, f"has no secret key: the file is the one named *{SECRET}")
+    if mode & 0o077:
+        raise _unfit("key", path, "can be read by others: chmod 600")
     if zmq.curve_public(keys["secret"].encode()).decode() != keys["public"]:
-        raise _bad("key", path, "holds two keys that are not a pair")
+        raise _unfit("key", path, "holds two keys that are not a pair")
     return Pair(keys["public"], keys["secret"])
 
 
 class KeyFolder:
-    """Public key → user, as the folder says now: `look` reads it again if anything in it has changed. A file that cannot be read lets
-    nobody in, and neither does a folder that is gone."""
+    """Public key → user, as the folder says now. A file that cannot be read lets nobody in and keeps nobody out, and a folder that is gone
+    lets nobody in. Two files with one key let neither user in: copying another's key must not give his name away, nor take it from him
+    unnoticed. If the folder cannot be read for a reason that is not its own, who could come in still can."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.users: dict[str, str] = {}
-        self.unreadable: list[str] = []  # why, for the log
-        self._seen: object = None
+        self.unreadable: list[str] = []  # what is wrong with single files, for the log
+        self.error: str | None = None  # why it could not be read when it was last looked at
+        self._seen: list[Facts] | None = None  # none: they are to be read in any case
+        self._stamp: tuple[int, ...] = ()  # of the folder itself, before it was last looked at
         try:
             mode = path.stat().st_mode
         except OSError as error:
-            raise _bad("client_keys", path, f"cannot be read: {error.strerror}") from error
+            raise _unfit("client_keys", path, f"cannot be read: {error.strerror}") from error
         if not stat.S_ISDIR(mode) or stat.S_IMODE(mode) & 0o022:
-            raise _bad("client_keys", path, "must be a folder that only its owner may write to")
+            raise _unfit("client_keys", path, "must be a folder that only its owner may write to")
         self.look()
+        if self.error is not None:
+            raise Refusal("invalid_request", self.error, field="client_keys", value=str(path)[:LONGEST_SHOWN])
+
+    def glance(self) -> None:
+        """Look only if files came, went or were replaced, or were just written to. It is one `stat` where nothing did, however many files
+        there are: whoever asks for it as often as strangers knock can afford it."""
+        if (self._seen is None and self.error is None) or self._stamped() != self._stamp:
+            self.look()
 
     def look(self) -> bool:
-        """Whether who may come in has changed."""
-        seen = self._facts()
-        if seen == self._seen:
-            return False
-        self._seen, before = seen, self.users
-        self.users, self.unreadable = {}, []
-        for name, *_ in seen:
-            try:
-                # Of two users with one key, the first is the one.
-                self.users.setdefault(read_public(self.path / name), name.removesuffix(PUBLIC))
-            except Refusal as refusal:
-                self.unreadable.append(refusal.fault.message)
-        return self.users != before
-
-    def _facts(self) -> list[tuple[str, int, int, int]]:
-        facts = []
+        """Read again what has changed. Returns whether who may come in has."""
+        self._stamp = self._stamped()
         try:
-            with os.scandir(self.path) as entries:
-                for entry in entries:
-                    if entry.name.endswith(PUBLIC) and _NAME.fullmatch(entry.name.removesuffix(PUBLIC)):
-                        info = entry.stat()
-                        facts.append((entry.name, info.st_ino, info.st_mtime_ns, info.st_size))
+            facts = self._facts()
+            if facts == self._seen:
+                self.error = None
+                return False
+            users, unreadable = self._read(facts)
+        except (FileNotFoundError, NotADirectoryError):
+            facts, users, unreadable = [], {}, []
+            self.error = f"{self.path} is not there"
+        except OSError as error:
+            self.error = f"{self.path} cannot be read: {error.strerror}"
+            return False
+        else:
+            self.error = None
+        newest = max(self._stamp[-1:] + tuple(fact[3] for fact in facts), default=0)
+        self._seen = None if abs(time.time_ns() - newest) < UNSETTLED_S * 1e9 else facts
+        self.unreadable = unreadable
+        if users == self.users:
+            return False
+        self.users = users
+        return True
+
+    def _stamped(self) -> tuple[int, ...]:
+        try:
+            info = self.path.stat()
         except OSError:
-            return []  # being changed, or gone: nobody comes in until it can be read
+            return ()
+        return info.st_ino, info.st_mtime_ns, info.st_ctime_ns
+
+    def _facts(self) -> list[Facts]:
+        """Raises `OSError` if they are not those of the whole folder."""
+        facts = []
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if entry.name.endswith(PUBLIC) and _NAME.fullmatch(entry.name.removesuffix(PUBLIC)):
+                    try:
+                        info = entry.stat()
+                    except OSError as error:
+                        if error.errno not in _OF_ONE_FILE:
+                            raise
+                        facts.append((entry.name, 0, 0, 0, 0, 0))  # a link to nowhere, or it is gone by now
+                    else:
+                        facts.append((entry.name, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size, info.st_mode))
         return sorted(facts)
 
+    def _read(self, facts: list[Facts]) -> tuple[dict[str, str], list[str]]:
+        """Users by key, and what is wrong with files. Raises `OSError` for what is not one file's fault."""
+        holders: dict[str, list[str]] = {}
+        wrong = []
+        for name, *_ in facts:
+            try:
+                holders.setdefault(_keys("client_keys", self.path / name)[0]["public"], []).append(name)
+            except Refusal as refusal:
+                wrong.append(refusal.fault.message)
+            except OSError as error:
+                if error.errno not in _OF_ONE_FILE:
+                    raise
+                wrong.append(f"{self.path / name} cannot be read: {error.strerror}")
+        wrong += [f"{self.path}: {', '.join(names)} hold one key: none of them may come in" for names in holders.values() if len(names) > 1]
+        return {key: names[0].removesuffix(PUBLIC) for key, names in holders.items() if len(names) == 1}, wrong
 
-def _read(name: str, path: Path) -> dict[str, str]:
+
+def _open(field: str, path: Path) -> tuple[dict[str, str], int]:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            keys = dict(_FIELD.findall(file.read(4096)))
+        return _keys(field, path)
     except OSError as error:
-        raise _bad(name, path, f"cannot be read: {error.strerror}") from error
-    if "public" not in keys:
-        raise _bad(name, path, "is no file of keys: `penstock keys new` makes them")
-    return keys
+        raise _unfit(field, path, f"cannot be read: {error.strerror}") from error
 
 
-def _bad(name: str, path: object, why: str) -> Refusal:
-    return Refusal("invalid_request", f"{path} {why}", field=name, value=str(path)[:120])
+def _keys(field: str, path: Path) -> tuple[dict[str, str], int]:
+    """The keys in a file, and its permissions. Raises `Refusal` if there are none, and `OSError`."""
+    # Opening a pipe would wait for its other end, and the gateway for that.
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(file).st_mode
+        if not stat.S_ISREG(mode):
+            raise _unfit(field, path, "is no regular file")
+        keys = dict(_FIELD.findall(os.read(file, 4096).decode(errors="replace")))
+    finally:
+        os.close(file)
+    if "public" not in keys or not all(map(is_key, keys.values())):
+        raise _unfit(field, path, "is no file of keys: `penstock keys new` makes them")
+    return keys, stat.S_IMODE(mode)
+
+
+def _unfit(field: str, path: object, why: str) -> Refusal:
+    return Refusal("invalid_request", f"{path} {why}", field=field, value=str(path)[:LONGEST_SHOWN])

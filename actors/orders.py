@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from penstock.actors.errors import Refusal
+from penstock.actors.errors import Refusal, bad
 from penstock.actors.messages import Order
 from penstock.actors.protocol import Control
 
@@ -20,13 +20,13 @@ def read_order(message: Control, user: str, by: str, config: EngineConfig, vital
     if config.secret_key is not None and user not in map(str.strip, (config.operators or "").split(",")):
         raise Refusal("unauthorized", f"{user} is not an operator of this engine", field="operators", value=user)
     if message.order not in ORDERS:
-        raise _bad("order", message.order, ORDERS)
+        raise bad("order", message.order, "one of " + ", ".join(ORDERS))
     if message.order == "drain":
         return Order("drain", "", 0, 0, by)
     kind, index = read_name(message.actor)
     names = [name_of(row[0], row[1]) for row in vitals]
     if names and name_of(kind, index) not in names:
-        raise _bad("actor", message.actor, names)
+        raise bad("actor", message.actor, "one of " + ", ".join(names))
     return Order("restart", kind, index, message.incarnation, by)
 
 
@@ -38,8 +38,3 @@ def read_name(name: str) -> tuple[str, int]:
     """The kind and index of `tokenizer/1`; without an index, the first of its kind. An index that is no number is nobody's."""
     kind, slash, index = name.partition("/")
     return kind, int(index) if index.isdecimal() and len(index) < 9 else -1 if slash else 0
-
-
-def _bad(field: str, value: str, choices: Any) -> Refusal:
-    limit = "one of " + ", ".join(choices)
-    return Refusal("invalid_request", f"{field}={value[:120]!r}: must be {limit}", field=field, value=value[:120], limit=limit)

@@ -24,6 +24,7 @@ MOST_SESSIONS_OF_USER = 1024
 TURN_S = 0.05  # of messages taken before others have their turn
 UNREAD = 4  # times the largest message: answers that a client may leave unread, in bytes
 TELL_EVERY_S = 10.0  # of connections that were refused: strangers must not fill the disk
+MOST_TOLD = 16  # files of keys that are wrong, in one line of the log
 STRANGERS = (10.0, 2.0**20)  # messages and bytes a second of a connection that was not welcomed
 
 
@@ -42,6 +43,9 @@ class Reception:
         self._met: OrderedDict[bytes, None] = OrderedDict()  # connections that said Hello: each may once
         self._waiting: dict[tuple[str, str], tuple[Arrival, Hello]] = {}  # clients that came before that
         self._refused, self._told_refused = 0, 0.0  # connections, as the log has it, and since when
+        self._key_error: str | None = None  # as the log has it, and since when
+        self._told_error = -TELL_EVERY_S
+        self._unreadable: list[str] = []
 
     def open(self, welcome: Welcome, now: float) -> None:
         """The engine is ready: greet who waits, and whoever comes from now on, with this."""
@@ -56,10 +60,25 @@ class Reception:
         if self.door.refused > self._refused and now - self._told_refused >= TELL_EVERY_S:
             self._refused, self._told_refused = self.door.refused, now
             self.log.warning("connections without a known key were refused", so_far=self._refused)
-        if not self.door.look(now):
+        changed = self.door.look(now)
+        self._tell_of_keys(changed, now)
+        if not changed:
             return []
-        self.log.info("keys read", users=len(self.door.users), unreadable=self.door.unreadable)
         return [session for session in self.sessions if self.door.users.get(session.key) != session.user]
+
+    def _tell_of_keys(self, changed: bool, now: float) -> None:
+        """Only what is new: the folder is looked at many times a second."""
+        users, error, unreadable = len(self.door.users), self.door.error, self.door.unreadable
+        if changed:
+            self.log.info("keys read", users=users)
+        if error is None:
+            self._key_error = None
+        elif error != self._key_error and now - self._told_error >= TELL_EVERY_S:  # strangers may use up the descriptors, again and again
+            self._key_error, self._told_error = error, now
+            self.log.error("the folder of keys cannot be read", error=error, users=users)
+        if unreadable != self._unreadable:
+            self.log.warning("files of keys that let nobody in", files=len(unreadable), why=unreadable[:MOST_TOLD])
+            self._unreadable = unreadable
 
     def receive(self, now: float) -> Iterator[tuple[Session, Any]]:
         """What clients ask, one after another: each is to be dealt with before the next is taken. What that takes counts against who

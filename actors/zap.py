@@ -44,7 +44,7 @@ class Zap:
         if len(frames) != 7 or frames[0] != b"1.0" or frames[2] != DOMAIN or frames[5] != b"CURVE" or len(frames[6]) != 32:
             return None
         key = z85.encode(frames[6]).decode()
-        self.keys.look()
+        self.keys.glance()
         return key if key in self.keys.users else None
 
     def close(self) -> None:

@@ -157,9 +157,11 @@ class SamplingParams(_Table):
     presence_penalty: float = _param(0.0, _number(-2, 2), "subtracted once from the logit of each token generated so far")
     frequency_penalty: float = _param(0.0, _number(-2, 2), "subtracted for each time that a token was generated")
     logit_bias: tuple[tuple[int, float], ...] = _param((), _bias, "token id to a number added to its logit")
-    allowed_tokens: tuple[int, ...] = _param((), _sequence(_token, MAX_LIST, "token ids"), "only these tokens; empty allows all")
+    allowed_tokens: tuple[int, ...] = _param((), _sequence(_token, MAX_LIST, "token ids"), "never any but these tokens; empty allows all")
     bad_words: tuple[str | tuple[int, ...], ...] = _param(
-        (), _sequence(_word, 256, "words"), "texts, or lists of token ids, that must not be generated"
+        (),
+        _sequence(_word, 256, "words"),
+        "texts, or lists of token ids, that must not be generated, unless they leave none of `allowed_tokens`",
     )
     seed: int | None = _param(None, _optional(_integer(0, 2**63 - 1)), "the same seed gives the same tokens; none: drawn")
     n: int = _param(1, _integer(1, 128), "independent samples of the same prompt")

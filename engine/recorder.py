@@ -15,7 +15,7 @@ from typing import Any
 
 from penstock.engine.commit import Commit
 from penstock.engine.plan import StepPlan, StepResult
-from penstock.engine.request import Request
+from penstock.engine.request import Request, Sampler
 from penstock.engine.scheduler import Scheduler, SchedulerConfig
 from penstock.engine.snapshot import Snapshot, take
 
@@ -26,6 +26,9 @@ TOKEN = 8  # of a request: its ids in the request and in the stream
 DIGEST = 64
 ROW = 40  # of a plan, with the row list that waits for its results
 ENTRY = 12  # of a block table
+BIAS = 120  # a pair of numbers, as Python has them
+ID = 36  # one in a tuple
+WORD = 48  # a tuple
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +72,8 @@ class RecordedScheduler(Scheduler):
 
     def submit(self, request: Request, now: float) -> None:
         known = len(request.prompt) + len(request.generated)
-        call = self._called("submit", now, request, REQUEST + TOKEN * known + DIGEST * (known // self.config.block_size))
+        ids = TOKEN * known + DIGEST * (known // self.config.block_size)
+        call = self._called("submit", now, request, REQUEST + _wishes(request.sampler) + ids)
         super().submit(request, now)
         # A list that grows as blocks fill: it stands for the ids, which the scheduler needs for nothing else.
         call.answer, call.done = self._streams[request.handle].digests, True
@@ -90,6 +94,8 @@ class RecordedScheduler(Scheduler):
         call.done = True
         if plan is not None:
             self._segments[-1].bytes += 10 * CALL + ROW * len(plan.slots) + ENTRY * len(plan.table_slots) + plan.tokens.nbytes
+            for fill in plan.fills:
+                self._segments[-1].bytes += fill.history.nbytes  # a copy of its own each time that a stream comes back to a slot
         return plan
 
     def commit(self, result: StepResult, now: float) -> Commit:
@@ -109,3 +115,10 @@ class RecordedScheduler(Scheduler):
         segment.calls.append(call)
         segment.bytes += CALL + more
         return call
+
+
+def _wishes(sampler: Sampler) -> int:
+    """What the lists of a sampler take: most have none, and some a megabyte."""
+    words = sum(map(len, sampler.bad_words)) if sampler.bad_words else 0
+    ids = words + len(sampler.allowed_tokens) + len(sampler.stop_ids)
+    return BIAS * len(sampler.logit_bias) + WORD * len(sampler.bad_words) + ID * ids

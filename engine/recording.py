@@ -15,6 +15,7 @@ What remains are sizes, times, handles, priorities, seeds, and the tenants' name
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import OrderedDict, deque
 from dataclasses import dataclass, fields
@@ -36,7 +37,10 @@ from penstock.engine.stream import Stream
 MAGIC = "penstock recording"
 VERSION = 1
 STOP = 1  # stands for every stop id; all other ids are 0
-MOST_CELLS = 2**30  # of an array: a recording of a few bytes must not ask for more memory than there is
+# A recording of a few bytes must not ask for more memory than there is.
+MOST_CELLS = 2**28  # of all arrays together
+MOST_ROOM = 2**30  # tokens of running streams: of these, only what is used is ever touched
+MOST_STOPS = 256  # stop ids of a request: each slot has room for as many as the longest list
 COLUMNS = tuple(spec.name for spec in fields(StepPlan))
 
 _CLASSES: dict[str, type[Any]] = {kind.__name__: kind for kind in (*PARTS, Launched, Request, Sampler, SchedulerConfig, StepPlan, Stream)}
@@ -61,8 +65,8 @@ class Recording:
 
 
 def columns(plan: StepPlan, *, text: bool) -> list[Any]:
-    """What is compared of a plan, by the names in `COLUMNS`: its columns as bytes. Without `text`, of ids only how many there are. Samplers
-    are not in it but for what the scheduler reads: they pass through it."""
+    """What is compared of a plan, by the names in `COLUMNS`: its columns as bytes, and numbers. Without `text`, of ids only how many there
+    are. Samplers are not in it but for what the scheduler reads: they pass through it."""
     return [_column(name, getattr(plan, name), text) for name in COLUMNS]
 
 
@@ -75,7 +79,8 @@ def _column(name: str, value: Any, text: bool) -> Any:
 
 
 def _fill(fill: Fill, text: bool) -> list[Any]:
-    return [fill.slot, fill.prompt_tokens, fill.sampler.seed, fill.sampler.prompt_logprobs, _ids(fill.history, text)]
+    # Numbers, whatever a broken recording made of them: anything else could not be compared.
+    return [*map(int, (fill.slot, fill.prompt_tokens, fill.sampler.seed, fill.sampler.prompt_logprobs)), _ids(fill.history, text)]
 
 
 def _ids(ids: Int32, text: bool) -> bytes | int:
@@ -182,10 +187,10 @@ def _stops(ids: Int32, launched: Launched | None) -> Int32:
 
 
 def decode(data: bytes) -> Recording:
-    """Read a recording. Raises `RecordingError` for anything else. It bounds what single arrays take; `check_budget` bounds the whole."""
+    """Read a recording. Raises `RecordingError` for anything else. It bounds what arrays take, `check_budget` all that is not in them."""
     try:
         body = msgpack.unpackb(data, max_ext_len=0)
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
         raise RecordingError(f"not msgpack: {error}") from error
     if not isinstance(body, list) or len(body) != 6 or body[0] != MAGIC:
         raise RecordingError("not a recording of a scheduler")
@@ -198,9 +203,11 @@ def decode(data: bytes) -> Recording:
         if type(scheduler) is not Scheduler:
             raise RecordingError("the state is not that of a scheduler")
         _make_room(scheduler.config, scheduler._slots)
-        return Recording(scheduler, [reader.call(call) for call in calls], text is True)
+        return Recording(scheduler, [reader.call(call, scheduler.config.slots) for call in calls], text is True)
     except RecordingError:
         raise
+    except MemoryError as error:
+        raise RecordingError(f"it takes more memory than there is: {error}") from error
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         raise RecordingError(f"not a recording that could have been made: {type(error).__name__}: {error}") from error
 
@@ -216,8 +223,9 @@ class _Reader:
                 raise RecordingError(f"recorded by another version of Penstock: {name} has other attributes there")
         self._names = names
         self._seen: list[Any] = []
+        self._cells = 0
 
-    def call(self, plain: list[Any]) -> Call:
+    def call(self, plain: list[Any], slots: int) -> Call:
         kind, now, done, value, answer = plain
         match kind:
             case "submit":
@@ -225,7 +233,10 @@ class _Reader:
                 if type(value) is not Request:
                     raise RecordingError("what was submitted is not a request")
             case "commit":
-                value = StepResult(int(value[0]), np.asarray(self.value(value[1]), np.int32))
+                ids = self.value(value[1])
+                if type(ids) is not np.ndarray or ids.ndim != 1 or len(ids) > slots:
+                    raise RecordingError(f"the results of a step are not those of at most {slots} slots")
+                value = StepResult(int(value[0]), ids.astype(np.int32))
             case "plan" if answer is not None:
                 answer = dict(zip(COLUMNS, answer, strict=True))
             case "abort":
@@ -244,7 +255,7 @@ class _Reader:
             case "again":
                 return self._seen[rest[0]]
             case "array":
-                return _array(*rest)
+                return self._array(*rest)
             case "objects":
                 entries = np.empty(len(rest[0]), object)
                 entries[:] = [self.value(entry) for entry in rest[0]]
@@ -259,22 +270,26 @@ class _Reader:
             self._seen.append(made)
         for name, entry in zip(self._names[tag], rest[0], strict=True):
             object.__setattr__(made, name, self.value(entry))
+        if kind is Sampler and len(made.stop_ids) > MOST_STOPS:
+            raise RecordingError(f"{len(made.stop_ids)} stop ids: no request has more than {MOST_STOPS}")
         return made
 
-
-def _array(dtype: str, shape: list[int], data: bytes | None) -> Any:
-    cells = 1
-    for size in shape:
-        cells *= size
-    if dtype not in _DTYPES or min(shape, default=0) < 0 or cells > MOST_CELLS:
-        raise RecordingError(f"an array of {dtype!r} and shape {shape}")
-    return np.zeros(shape, dtype) if data is None else np.frombuffer(data, dtype).reshape(shape).copy()
+    def _array(self, dtype: str, shape: list[int], data: bytes | None) -> Any:
+        if dtype not in _DTYPES or not all(type(size) is int and size >= 0 for size in shape):
+            raise RecordingError(f"an array of {dtype!r} and shape {shape}")
+        self._cells += math.prod(shape)
+        if self._cells > MOST_CELLS:
+            raise RecordingError(f"arrays of more than {MOST_CELLS} cells")
+        return np.zeros(shape, dtype) if data is None else np.frombuffer(data, dtype).reshape(shape).copy()
 
 
 def _make_room(config: SchedulerConfig, slots: Slots) -> None:
     """The tokens of running streams, of which only those that were known are recorded, or none."""
     known = slots.tokens
-    if not 0 < config.slots * (config.max_model_len + 1) <= MOST_CELLS:
+    if not 0 < config.slots * (config.max_model_len + 1) <= MOST_ROOM or config.slots * MOST_STOPS > MOST_CELLS:
         raise RecordingError(f"{config.slots} slots of {config.max_model_len} tokens")
+    # What is served is counted for each of these numbers, so one of them is as good as a shape.
+    if len(slots.stops) != config.slots or not ((slots.share >= 0) & (slots.share < config.slots)).all():
+        raise RecordingError(f"slots that are not those of {config.slots} streams")
     slots.tokens = np.zeros((config.slots, config.max_model_len + 1), np.int32)
     slots.tokens[:, : known.shape[1]] = known

@@ -2,7 +2,8 @@
 
 Order: repetition, presence and frequency penalties; logit bias, allowed tokens, bad words, stop ids before `min_tokens`; temperature;
 top-k; top-p; min-p; draw. That is the order of transformers' processors. A stage touches only the rows that ask for it, so a row's tokens
-do not depend on what else is in the batch. Log-probabilities are of the raw logits.
+do not depend on what else is in the batch. Where bad words and stop ids leave nothing of the allowed tokens, these bans give way: a token
+that is not allowed is never drawn. Log-probabilities are of the raw logits.
 
 The host knows which slot asks for what: `prepare` turns that into columns, which travel with the step, and `sample` runs on the device.
 """
@@ -26,6 +27,7 @@ from penstock.engine.plan import Fill, Float32, Int32
 
 Rows = npt.NDArray[np.intp]
 NO_IDS: Int32 = np.empty(0, np.int32)
+LEAST = -1e30  # score of an allowed token that the model excludes: above what is not allowed, divided by a temperature too
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,17 +212,18 @@ class SlotSampler:
             return logits
         scores = logits.float()
         if "count.rows" in columns:
-            rows = columns["count.rows"]
+            counted = columns["count.rows"]
             counts = self.counts.data.index_select(0, columns["count.lines"])
-            penalized = penalize(scores.index_select(0, rows), counts, columns["count.penalties"])
-            scores.index_copy_(0, rows, penalized)
+            penalized = penalize(scores.index_select(0, counted), counts, columns["count.penalties"])
+            scores.index_copy_(0, counted, penalized)
         if "bias.rows" in columns:
             scores.index_put_((columns["bias.rows"], columns["bias.ids"]), columns["bias.values"], accumulate=True)
+        allowed: Tensor | None = None
         if "allowed.rows" in columns:
             rows, ids = columns["allowed.rows"], columns["allowed.ids"]
-            kept = scores[rows, ids]
+            allowed = scores[rows, ids].clamp_(min=LEAST)
             scores.index_fill_(0, columns["allowed.only"], -math.inf)
-            scores[rows, ids] = kept
+            scores[rows, ids] = allowed
         if "words.rows" in columns:
             prefixes = columns["words.prefixes"]
             tails = self.tails.data.index_select(0, columns["words.lines"])[:, TAIL - prefixes.shape[1] :]
@@ -229,6 +232,11 @@ class SlotSampler:
             scores.index_put_((columns["words.rows"], columns["words.lasts"]), weight, accumulate=True)
         if "banned.rows" in columns:
             scores[columns["banned.rows"], columns["banned.ids"]] = -math.inf
+        if allowed is not None and ("words.rows" in columns or "banned.rows" in columns):
+            # Decided on the device: which row has nothing left is known only there.
+            left = scores[rows, ids]
+            best = scores.new_full((len(scores),), -math.inf).scatter_reduce_(0, rows, left, "amax")
+            scores[rows, ids] = torch.where(best[rows] == -math.inf, allowed, left)
         return scores
 
     def _draw(self, scores: Tensor, temperature: Tensor, columns: Mapping[str, Tensor]) -> Tensor:

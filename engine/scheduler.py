@@ -372,7 +372,7 @@ class Scheduler:
         stream.blocks = []
 
     def _remove(self, stream: Stream) -> None:
-        stream.gone = True
+        stream.gone, stream.prompt_parts = True, []  # a recorder remembers the stream, and need not what nobody gets
         if stream.slot != NOWHERE:
             self._leave(stream)
         del self._streams[stream.handle]

@@ -55,6 +55,7 @@ def take(scheduler: Scheduler, *, text: bool) -> Snapshot:
     # A list for each attribute, and not a row for each of thousands of streams: the garbage collector looks at every row.
     columns: dict[str, list[Any]] = {name: list(map(attrgetter(name), streams)) for name in attributes(Stream, None)}
     columns["blocks"] = list(map(tuple, columns["blocks"]))
+    columns["prompt_parts"] = [()] * len(streams)  # megabytes, and they say nothing about plans
     return Snapshot(copy, dict(zip(map(id, streams), range(len(streams)), strict=True)), columns)
 
 

@@ -41,11 +41,14 @@ def _replay(file: Path) -> tuple[Replayed, bool]:
     except ImportError as error:
         raise InvalidRequest(f"a replay needs the engine: pip install penstock[engine] ({error})") from error
     try:
-        data = file.read_bytes()
+        with file.open("rb") as opened:
+            data = opened.read(LIMITS.bytes + 1)  # one too many is told, however many there are
         check_budget(data, LIMITS)
         recording = decode(data)
     except OSError as error:
         raise InvalidRequest(f"cannot read {file}: {error.strerror}", field="file", value=str(file)) from error
     except (WireError, RecordingError) as error:
         raise InvalidRequest(f"{file}: {error}", field="file", value=str(file)) from error
+    except MemoryError as error:
+        raise InvalidRequest(f"{file} takes more memory than there is", field="file", value=str(file)) from error
     return run(recording), recording.text

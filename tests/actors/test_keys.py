@@ -1,6 +1,8 @@
 """Keys: who gets in over real TCP, who does not, and what users who know everything of each other can do to each other."""
 
+import errno
 import os
+import resource
 import shutil
 import socket
 import time
@@ -14,10 +16,11 @@ import zmq
 from zmq.auth import load_certificate
 
 from penstock.actors.config import EngineConfig
-from penstock.actors.door import Door
+from penstock.actors.door import LOOK_EVERY_S, Door
 from penstock.actors.errors import Refusal
-from penstock.actors.keys import KeyFolder, new_pair, read_pair, read_public
+from penstock.actors.keys import UNSETTLED_S, KeyFolder, is_key, new_pair, read_pair, read_public
 from penstock.actors.protocol import Accepted, Cancel, Chunks, Goodbye, Hello, List, Listing, Renew
+from penstock.actors.reception import Reception
 from penstock.clients.errors import PenstockError
 from penstock.clients.launcher import Engine
 
@@ -306,15 +309,235 @@ def test_a_pair_is_private_and_is_never_written_over(tmp_path: Path) -> None:
             new_pair(tmp_path / "new", name)
 
 
-def test_a_file_that_cannot_be_read_lets_nobody_in_and_keeps_nobody_out(tmp_path: Path) -> None:
-    folder = tmp_path / "clients"
-    alice = read_public(new_pair(folder, "alice")[0])
+def test_a_pair_whose_public_file_cannot_be_made_leaves_no_secret_file(tmp_path: Path) -> None:
+    (tmp_path / "alice.key").write_text("somebody's")
+    with pytest.raises(Refusal, match="cannot make keys: File exists"):
+        new_pair(tmp_path, "alice")
+    assert [path.name for path in tmp_path.iterdir()] == ["alice.key"]
+
+
+def test_text_that_spells_no_32_bytes_is_no_key(tmp_path: Path) -> None:
+    secret = tmp_path / "x.key_secret"
+    secret.write_text(f'curve\n    public-key = "{"#" * 40}"\n    secret-key = "{"#" * 40}"\n')
+    secret.chmod(0o600)
+    for read in (read_pair, read_public):
+        with pytest.raises(Refusal, match="is no file of keys"):
+            read(secret)
+    assert not is_key("#" * 40)
+    assert is_key(zmq.curve_keypair()[0].decode())
+
+
+# ── the folder of those who may come in ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With alice, whose file was there long before anybody looked."""
+    path = tmp_path / "clients"
+    new_pair(path, "alice")
+    time.sleep(2 * UNSETTLED_S)
+    return path
+
+
+def in_(found: KeyFolder) -> list[str]:
+    return sorted(found.users.values())
+
+
+def test_a_file_that_cannot_be_read_lets_nobody_in_and_keeps_nobody_out(folder: Path) -> None:
     (folder / "broken.key").write_text("no key")
     (folder / "directory.key").mkdir()
+    (folder / "nowhere.key").symlink_to("/nowhere")
+    (folder / "circle.key").symlink_to(folder / "circle.key")
     found = KeyFolder(folder)
-    assert found.users == {alice: "alice"}
-    assert len(found.unreadable) == 2
+    assert found.users == {read_public(folder / "alice.key"): "alice"}
+    assert len(found.unreadable) == 4
+    assert found.error is None
     assert not found.look()
     shutil.rmtree(folder)
     assert found.look()
     assert found.users == {}
+    assert found.error == f"{folder} is not there"
+
+
+def test_a_pipe_or_a_device_in_place_of_a_key_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.key")
+    (folder / "tty.key").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(folder / "socket.key"))
+        found = KeyFolder(folder)
+    assert in_(found) == ["alice"]
+    assert len(found.unreadable) == 3
+    with pytest.raises(Refusal, match="is no regular file"):
+        read_public(folder / "pipe.key")
+
+
+def test_files_that_go_while_the_folder_is_read_keep_nobody_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_pair(folder, "bob")
+    found, opened = KeyFolder(folder), os.open
+
+    def gone(path: Any, *more: Any, **named: Any) -> int:
+        (folder / "bob.key").unlink(missing_ok=True)
+        return opened(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", gone)
+    os.utime(folder / "alice.key")
+    assert found.look()
+    assert in_(found) == ["alice"]
+
+
+@pytest.mark.parametrize("failing", ["the folder", "a file"])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM])
+def test_an_error_that_is_not_the_folders_own_changes_nothing(
+    folder: Path, failing: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    found = KeyFolder(folder)
+    users, descriptors = found.users, len(os.listdir("/proc/self/fd"))
+    new_pair(folder, "bob")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir" if failing == "the folder" else "open", fail)
+        for _ in range(3):
+            assert not found.look()
+            assert found.users is users
+            assert found.error == f"{folder} cannot be read: {os.strerror(code)}"
+        with pytest.raises(Refusal, match=os.strerror(code)):
+            KeyFolder(folder)
+    assert found.look()
+    assert in_(found) == ["alice", "bob"]
+    assert found.error is None
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_without_descriptors_everybody_stays_in(folder: Path) -> None:
+    found = KeyFolder(folder)
+    (folder / "directory.key").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert not found.look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert in_(found) == ["alice"]
+    assert found.error == f"{folder} cannot be read: Too many open files"
+
+
+def test_a_key_that_is_written_over_is_seen_whatever_its_times_say(folder: Path, tmp_path: Path) -> None:
+    alice = folder / "alice.key"
+    os.utime(alice, (1e9, 1e9))
+    time.sleep(2 * UNSETTLED_S)
+    found = KeyFolder(folder)
+    assert not found.look()
+    with alice.open("r+") as file:  # the same file, of the same size
+        file.write(new_pair(tmp_path, "other")[0].read_text())
+    os.utime(alice, (1e9, 1e9))
+    assert found.look()
+    assert found.users == {read_public(tmp_path / "other.key"): "alice"}
+
+
+def test_a_key_that_is_written_over_within_a_tick_of_the_clock_is_seen(folder: Path, tmp_path: Path) -> None:
+    texts = [new_pair(tmp_path, name)[0] for name in ("one", "two")]
+    found = KeyFolder(folder)
+    for number in range(200):
+        with (folder / "alice.key").open("r+") as file:
+            file.write(texts[number % 2].read_text())
+        found.look()
+        assert list(found.users) == [read_public(texts[number % 2])]
+
+
+def test_two_files_with_one_key_let_neither_in(folder: Path) -> None:
+    new_pair(folder, "bob")
+    found = KeyFolder(folder)
+    shutil.copy(folder / "alice.key", folder / "aaron.key")
+    assert found.look()
+    assert in_(found) == ["bob"]
+    assert found.unreadable == [f"{folder}: aaron.key, alice.key hold one key: none of them may come in"]
+    (folder / "aaron.key").unlink()
+    assert found.look()
+    assert in_(found) == ["alice", "bob"]
+    assert found.unreadable == []
+
+
+def test_a_glance_reads_the_folder_only_if_something_in_it_came_went_or_was_just_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, scans, scandir = KeyFolder(folder), [0], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (scans.append(0), scandir(path))[1])
+    for _ in range(1000):
+        found.glance()
+    assert len(scans) == 1
+    new_pair(folder, "bob")
+    found.glance()
+    assert in_(found) == ["alice", "bob"]
+    with (folder / "carol.key").open("w") as file:  # as a copy is made: the file is there before what is in it
+        found.glance()
+        assert in_(found) == ["alice", "bob"]
+        file.write(new_pair(tmp_path, "carol")[0].read_text())
+    found.glance()
+    assert in_(found) == ["alice", "bob", "carol"]
+    (folder / "bob.key").unlink()
+    found.glance()
+    assert in_(found) == ["alice", "carol"]
+
+
+class Told:
+    """A log that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+
+    def __getattr__(self, level: str) -> Callable[..., None]:
+        return lambda event, **values: self.lines.append((level, values))
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        lines, self.lines = self.lines, []
+        return lines
+
+
+def test_what_is_wrong_with_keys_is_told_once(keys: Keys, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: Any = Told()
+    address = f"ipc:///tmp/pk{os.getpid()}"
+    (folder / "broken.key").write_text("no key")
+    config = EngineConfig(address=address, secret_key=keys.config["secret_key"], client_keys=str(folder))
+    with zmq.Context() as context:
+        reception = Reception(context, config, log, lambda _: None)  # type: ignore[arg-type,return-value]
+        try:
+            now = 100.0
+
+            def look() -> list[tuple[str, dict[str, Any]]]:
+                nonlocal now
+                for _ in range(5):
+                    now += 2 * LOOK_EVERY_S
+                    reception.revoked(now)
+                return log.take()
+
+            [(level, values)] = look()
+            assert (level, values["files"]) == ("warning", 1)
+            assert "broken.key" in values["why"][0]
+            shutil.copy(folder / "alice.key", folder / "broken.key")
+            (told, warned) = look()
+            assert told == ("info", {"users": 0})
+            assert warned[0] == "warning"
+            assert "alice.key, broken.key" in warned[1]["why"][0]
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "scandir", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+                [(level, values)] = look()
+                assert (level, values["error"]) == ("error", f"{folder} cannot be read: Input/output error")
+            assert look() == []
+        finally:
+            reception.close()
+
+
+def test_an_odd_file_in_the_folder_of_keys_ends_nobodys_stream(enter: Callable[..., Any], keys: Keys) -> None:
+    alice = enter("alice")
+    alice.hello()
+    alice.generate("r", ids=ids(1, 2), params={"max_tokens": 5000})
+    alice.wait(Accepted)
+    (keys.clients / "old.key").symlink_to("/nowhere")
+    try:
+        assert alice.done("r")["generated_tokens"] == 5000
+        time.sleep(3 * LOOK_EVERY_S)
+        assert alice.status()["state"] == "ready"
+    finally:
+        (keys.clients / "old.key").unlink()

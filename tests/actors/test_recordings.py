@@ -113,6 +113,38 @@ def test_only_the_newest_recordings_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "else").exists()
 
 
+def test_drafts_of_recordings_that_were_cut_off_are_removed(tmp_path: Path) -> None:
+    name = keep(tmp_path, b"1").stem
+    cut_off, being_written = tmp_path / f"{name[:-6]}aaaaaa.new", tmp_path / f"{name[:-6]}bbbbbb.new"
+    others = [tmp_path / "scheduler-notes.new", tmp_path / f"{name}.new.old", tmp_path / "scheduler-1.recording"]
+    linked, directory = tmp_path / f"{name[:-6]}cccccc.new", tmp_path / f"{name[:-6]}dddddd.new"
+    for path in (cut_off, being_written, *others):
+        path.write_text("x")
+    linked.symlink_to(others[0])
+    directory.mkdir()
+    for path in (cut_off, directory, *others):
+        os.utime(path, (1, 1))
+    keep(tmp_path, b"2")
+    assert not cut_off.exists()
+    assert all(path.exists() for path in (being_written, linked, directory, *others))
+    assert len(list(tmp_path.glob("*.recording"))) == 3
+
+
+def test_a_file_that_another_engine_removed_stops_no_tidying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(KEPT):
+        os.utime(keep(tmp_path, b""), (number, number))
+    oldest, lstat = min(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime), Path.lstat
+
+    def gone(path: Path) -> os.stat_result:
+        if path == oldest:
+            path.unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", gone)
+    keep(tmp_path, b"")
+    assert len(list(tmp_path.iterdir())) == KEPT
+
+
 def test_where_recordings_go() -> None:
     assert recordings_folder(EngineConfig(record_folder="/a", log_file="/b/log")) == Path("/a")
     assert recordings_folder(EngineConfig(log_file="/b/log")) == Path("/b")

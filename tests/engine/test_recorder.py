@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import resource
 import subprocess
 import sys
+import tracemalloc
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -14,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.plan import StepResult
+from penstock.engine.plan import StepResult, TopLogprobs
 from penstock.engine.recorder import RecordedScheduler
-from penstock.engine.recording import VERSION, RecordingError, decode, encode
+from penstock.engine.recording import MOST_CELLS, MOST_STOPS, VERSION, RecordingError, decode, encode
 from penstock.engine.replay import replay
 from penstock.engine.request import Request, Sampler
 from penstock.engine.scheduler import SchedulerConfig
@@ -103,16 +106,90 @@ class Load:
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 def test_the_ring_stays_bounded_and_can_be_replayed_at_any_time_of_a_constant_load(lookahead: int) -> None:
-    load = Load(CROWDED, 200_000, lookahead=lookahead)
+    load = Load(CROWDED, 300_000, lookahead=lookahead)
     for step in range(900):
         load.step()
         assert len(load.recorder._segments) <= 2
-        assert sum(segment.bytes for segment in load.recorder._segments) < 220_000
+        assert sum(segment.bytes for segment in load.recorder._segments) < 330_000
         if step % 100 == 99:
             assert check(load.recorder) > 20
     assert load.recorder.start.scheduler._step > 500  # so what came before is gone
     assert load.recorder.counters.preemptions > 20
     assert load.recorder.counters.prefix_hit_tokens > 20
+
+
+def idle(most: int) -> RecordedScheduler:
+    return RecordedScheduler(SchedulerConfig(slots=2, blocks=200, max_model_len=1000, token_budget=1000), most)
+
+
+def asking(handle: int, **more: Any) -> Request:
+    """For one token after eight."""
+    named: dict[str, Any] = {"prompt": np.full(8, 7, np.int32), "limit": 1, "sampler": Sampler()} | more
+    return Request(handle=handle, attempt=1, generated=np.empty(0, np.int32), **named)
+
+
+def step(recorder: RecordedScheduler, now: float) -> None:
+    if (plan := recorder.plan(now)) is not None:
+        recorder.commit(StepResult(plan.step, np.zeros(int(plan.samples.sum()), np.int32)), now)
+
+
+@pytest.mark.parametrize("wish", ["logit_bias", "allowed_tokens", "bad_words", "long bad words"])
+def test_the_lists_of_samplers_count(wish: str) -> None:
+    most = 2_000_000
+    recorder = idle(most)
+    tracemalloc.start()
+    try:
+        for handle in range(300):
+            first = 1000 * handle + 1000
+            match wish:
+                case "logit_bias":
+                    sampler = Sampler(logit_bias=tuple((first + at, at / 7) for at in range(300)))
+                case "allowed_tokens":
+                    sampler = Sampler(allowed_tokens=tuple(first + at for at in range(1000)))
+                case "bad_words":
+                    sampler = Sampler(bad_words=tuple((first + at,) for at in range(400)))
+                case _:
+                    sampler = Sampler(bad_words=tuple(tuple(first + at + ends for ends in range(60)) for at in range(15)))
+            recorder.submit(asking(handle, sampler=sampler), float(handle))
+            step(recorder, float(handle))
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    counted = sum(segment.bytes for segment in recorder._segments)
+    assert counted < 1.1 * most
+    assert 0.5 * counted < held < 1.3 * counted  # and so the count is about what it is a count of
+
+
+def test_the_history_of_a_stream_counts_each_time_that_it_comes_back() -> None:
+    most = 1_000_000
+    recorder = RecordedScheduler(SchedulerConfig(slots=1, blocks=3000, max_model_len=30_000, token_budget=30_000), most)
+    recorder.submit(asking(0, prompt=np.full(25_000, 7, np.int32), limit=400, sampler=Sampler(repetition_penalty=1.2)), 0.0)
+    for now in range(150):
+        if now % 3 == 2:  # the long one yields, and then finds its blocks again
+            recorder.submit(asking(now, priority=1), float(now))
+        step(recorder, float(now))
+    assert recorder.counters.preemptions > 25
+    plans = [call.answer for call in recorder.calls if call.kind == "plan" and call.answer is not None]
+    histories = {id(fill.history): fill.history.nbytes for plan in plans for fill in plan.fills}
+    assert sum(histories.values()) + sum(plan.tokens.nbytes for plan in plans) < most
+
+
+def test_log_probabilities_that_nobody_gets_are_not_kept() -> None:
+    recorder = RecordedScheduler(SchedulerConfig(slots=1, blocks=200, max_model_len=1000, token_budget=100), 2000)
+    recorder.submit(asking(1, prompt=np.full(900, 7, np.int32), sampler=Sampler(prompt_logprobs=20)), 0.0)
+    stream = recorder._streams[1]
+    for now in range(5):
+        plan = recorder.plan(float(now))
+        assert plan is not None
+        of = np.zeros(100, np.int32)
+        part = TopLogprobs(of, np.zeros((100, 21), np.int32), np.zeros((100, 21), np.float32), of)
+        recorder.commit(StepResult(plan.step, np.empty(0, np.int32), prompt_logprobs=part), float(now))
+    assert len(stream.prompt_parts) == 5
+    assert recorder.start.scheduler._step > 0  # begun while there were some
+    assert not any(any(segment.start.columns["prompt_parts"]) for segment in recorder._segments)
+    recorder.abort(1, 9.0)
+    assert not stream.prompt_parts
+    check(recorder)
 
 
 def test_no_id_of_anybody_is_in_a_recording() -> None:
@@ -143,6 +220,15 @@ def test_ids_are_recorded_when_asked_for() -> None:
 def recorded(steps: int = 60) -> list[Any]:
     load = Load(CROWDED, PLENTY)
     for _ in range(steps):
+        load.step()
+    body: list[Any] = msgpack.unpackb(encode(load.recorder))
+    return body
+
+
+def load_of(seed: int) -> list[Any]:
+    """A small one, of which every part can be met by chance."""
+    load = Load(replace(CROWDED, slots=3, blocks=12), 30_000, seed=seed, text=seed == 0)
+    for _ in range(60):
         load.step()
     body: list[Any] = msgpack.unpackb(encode(load.recorder))
     return body
@@ -217,6 +303,55 @@ def test_whatever_was_changed_a_recording_is_refused_or_run() -> None:
             replay(decode(bytes(broken)))
 
 
+def leaves(value: Any, path: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
+    """Where the values that are no lists are."""
+    if not isinstance(value, list):
+        return [path]
+    return [found for at, entry in enumerate(value) for found in leaves(entry, (*path, at))]
+
+
+REAL = [load_of(seed) for seed in range(3)]
+LEAVES = [[[(part, *path) for path in leaves(body[part])] for part in (4, 5)] for body in REAL]
+ODD = st.one_of(
+    st.sampled_from([0, -1, 1, 2**31, 2**33, 2**62, -(2**40), None, True, "x", b"", [], 1e308, float("nan")]),
+    st.sampled_from([["again", 0], ["again", 3], ["list", []], ["tuple", [1, 2]], ["array", "<i4", [0], b""], ["array", "<i8", [2], None]]),
+    st.sampled_from([["array", "<i8", [2**20], None], ["array", "<i4", [2, 2], None], ["array", "<i8", [2**27], None], "Sampler"]),
+    st.integers(-(2**63), 2**63 - 1), st.binary(max_size=8),
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_recording_with_other_values_in_it_is_refused_or_run(data: st.DataObject) -> None:
+    number = data.draw(st.integers(0, len(REAL) - 1))
+    body = copy.deepcopy(REAL[number])
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(LEAVES[number][data.draw(st.integers(0, 1))]))
+        holder = body
+        for at in path[:-1]:
+            holder = holder[at] if isinstance(holder, list) and at < len(holder) else []
+        if isinstance(holder, list) and path[-1] < len(holder):
+            old = holder[path[-1]]
+            near = [old + 1, old - 1] if isinstance(old, int) else [bytes(len(old)), old[::-1]] if isinstance(old, bytes) else [old]
+            holder[path[-1]] = data.draw(st.one_of(ODD, st.sampled_from(near)))
+    try:
+        changed = msgpack.packb(body)
+    except OverflowError:  # a number one above the largest
+        return
+    with suppress(RecordingError):
+        replay(decode(changed))
+
+
+def test_a_sampler_with_a_list_for_a_number_is_a_difference() -> None:
+    body = recorded()
+    submitted = next(call for call in body[5] if call[0] == "submit")
+    sampler = submitted[3][1][body[3]["Request"].index("sampler")]
+    sampler[1][body[3]["Sampler"].index("seed")] = ["array", "<i4", [2], None]
+    told = replay(decode(msgpack.packb(body)))
+    assert told.difference is not None
+    assert told.difference.startswith("`plan` raised TypeError")
+
+
 def encode_small() -> bytes:
     load = Load(replace(CROWDED, slots=2, blocks=8), 10_000)
     for _ in range(30):
@@ -230,6 +365,48 @@ def test_a_recording_cannot_ask_for_much_memory_or_other_classes(array: list[Any
     next(call for call in body[5] if call[0] == "commit")[3][1] = array
     with pytest.raises(RecordingError):
         decode(msgpack.packb(body))
+
+
+def test_many_arrays_cannot_ask_together_for_what_one_may_not() -> None:
+    body = recorded(3)
+    submitted = next(call for call in body[5] if call[0] == "submit")
+    submitted[4] = ["list", [["array", "<i8", [MOST_CELLS // 4], None]] * 4]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RecordingError, match="arrays of more than"):
+        decode(msgpack.packb(body))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_results_are_of_no_more_than_all_slots() -> None:
+    body = recorded(3)
+    next(call for call in body[5] if call[0] == "commit")[3][1] = ["array", "<i4", [CROWDED.slots + 1], None]
+    with pytest.raises(RecordingError, match="at most 6 slots"):
+        decode(msgpack.packb(body))
+
+
+def test_numbers_that_are_as_good_as_shapes_are_bounded() -> None:
+    body = recorded(3)
+    slots = next(part for part in body[4][1] if isinstance(part, list) and part[0] == "Slots")
+    slots[1][body[3]["Slots"].index("share")] = ["array", "<i8", [6], np.full(6, 2**33).tobytes()]
+    with pytest.raises(RecordingError, match="not those of 6 streams"):
+        decode(msgpack.packb(body))
+    body = recorded(3)
+    submitted = next(call for call in body[5] if call[0] == "submit")
+    sampler = submitted[3][1][body[3]["Request"].index("sampler")]
+    sampler[1][body[3]["Sampler"].index("stop_ids")] = ["tuple", [1] * (MOST_STOPS + 1)]
+    with pytest.raises(RecordingError, match="257 stop ids"):
+        decode(msgpack.packb(body))
+
+
+def test_a_lack_of_memory_is_an_error_of_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = msgpack.packb(recorded(3))
+
+    def zeros(*_: Any) -> Any:
+        raise MemoryError("Unable to allocate")
+
+    monkeypatch.setattr(np, "zeros", zeros)
+    with pytest.raises(RecordingError):
+        decode(data)
 
 
 def test_a_replay_needs_no_torch() -> None:

@@ -322,6 +322,52 @@ def test_bfloat16_logits_draw_as_their_float32_values_do() -> None:
     assert torch.equal(sample(logits, samplers).ids, sample(logits.float(), samplers).ids)
 
 
-def test_a_row_with_every_token_excluded_still_gives_an_id() -> None:
-    sampler = Sampler(temperature=1.0, allowed_tokens=(4,), bad_words=((4,),))
-    assert 0 <= sample(torch.randn(1, VOCAB), [sampler]).ids.item() < VOCAB
+@pytest.mark.parametrize("temperature", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler(allowed_tokens=(4,), bad_words=((4,),)),
+        Sampler(allowed_tokens=(4, 9), bad_words=((4,), (1, 7, 9))),
+        Sampler(allowed_tokens=(4, 9), bad_words=((4,), (9,)), stop_ids=(4,), min_tokens=9),
+        Sampler(allowed_tokens=(4, 9), stop_ids=(4, 9), min_tokens=9),
+        Sampler(allowed_tokens=(4,), bad_words=((4,),), top_k=3, top_p=0.9, min_p=0.1, presence_penalty=2.0),
+    ],
+)
+def test_bans_that_leave_nothing_of_what_is_allowed_give_way(sampler: Sampler, temperature: float) -> None:
+    logits = torch.randn(3, VOCAB)
+    history = [([3, 1], [7])]
+    # Beside a row that is banned from less, and one that asks for nothing: each gets what it gets alone.
+    others = [Sampler(allowed_tokens=(4, 9), bad_words=((9,),)), Sampler()]
+    samplers = [replace(other, temperature=temperature) for other in (sampler, *others)]
+    got = sample(logits, samplers, history * 3).ids.tolist()
+    assert got[0] in sampler.allowed_tokens
+    assert got[1] == 4
+    assert got == [sample(logits[row : row + 1], [samplers[row]], history).ids.item() for row in range(3)]
+
+
+def test_the_likeliest_allowed_token_is_taken_where_bans_give_way() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 9], logits[0, 77] = 1.0, 5.0
+    assert sample(logits, [Sampler(allowed_tokens=(4, 9), bad_words=((4,), (9,)))]).ids.item() == 9
+
+
+def test_a_ban_that_leaves_something_of_what_is_allowed_holds() -> None:
+    assert allowed_draws(torch.randn(VOCAB), Sampler(temperature=5.0, allowed_tokens=(3, 400, 77), bad_words=((77,), (1, 3)))) == {400}
+
+
+def test_what_is_not_allowed_is_not_drawn_either_in_a_word_of_allowed_tokens() -> None:
+    machine = SlotSampler(1, VOCAB, CPU)
+    machine.fill(Fill(0, 1, Sampler(allowed_tokens=(300,), bad_words=((300, 300),)), np.array([1], np.int32)))
+    drawn = []
+    for step in range(5):
+        columns = to_device(machine.prepare(np.zeros(1, np.int32), np.array([1 + step], np.int32)))
+        drawn.append(machine.sample(torch.randn(1, VOCAB), columns).ids.item())
+    assert drawn == [300] * 5
+
+
+@pytest.mark.parametrize("bad_words", [(), ((4,),), ((8,),)])
+@pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0])
+def test_allowed_tokens_that_the_model_excludes_are_still_all_that_is_drawn(bad_words: Any, temperature: float) -> None:
+    logits = torch.randn(1, VOCAB)
+    logits[0, [4, 9]] = -math.inf
+    assert sample(logits, [Sampler(temperature=temperature, allowed_tokens=(4, 9), bad_words=bad_words)]).ids.item() in (4, 9)
