@@ -79,7 +79,7 @@ class SchedulerActor(Actor):
             token_budget=facts["token_budget"],
             max_model_len=facts["max_model_len"],
             prefix_cache=self.config.prefix_cache,
-            quantum=(256 if facts["device"] == "cuda" else 16) if self.config.quantum is None else self.config.quantum,
+            quantum=(64 if facts["device"] == "cuda" else 16) if self.config.quantum is None else self.config.quantum,
         )
         if not self.config.record_ring:
             return Scheduler(config)
