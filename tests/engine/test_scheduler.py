@@ -669,20 +669,21 @@ def test_two_busy_tenants_are_served_alike_whatever_their_requests_cost(
         depth,
     )
     served = {"a": 0, "b": 0}
-    waiting = {"a": 0, "b": 0}
+    waiting: dict[str, set[int]] = {"a": set(), "b": set()}  # who never had a slot
     handle = 0
 
     def crowd(tenant: str, cost: tuple[int, int]) -> None:
         nonlocal handle
         for _ in range(40):
             world.submit(make_request(handle, [handle >> bit & 1 for bit in range(cost[0])], cost[1], tenant=tenant))
-            waiting[tenant] += 1
+            waiting[tenant].add(handle)
             handle += 1
 
     def step() -> None:
         while len(world.results) <= depth and (plan := world.plan()) is not None:
             for fill in plan.fills:
-                waiting[world.executor.occupants[fill.slot].request.tenant] -= 1
+                request = world.executor.occupants[fill.slot].request
+                waiting[request.tenant].discard(request.handle)
             for slot, count in zip(plan.slots[plan.decodes :].tolist(), plan.counts[plan.decodes :].tolist(), strict=True):
                 served[world.executor.occupants[slot].request.tenant] += count
         tenants = {handle: stream.request.tenant for handle, stream in world.open.items()}
