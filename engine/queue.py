@@ -93,10 +93,11 @@ class FairQueue(Generic[W]):
         return level.head(without) if level is not None else None
 
     def pop(self, entry: W) -> W:
-        """Take an entry that `head` or `head_at` returned; since then nothing of its priority was pushed or charged."""
+        """Take an entry out that is waiting: its tenant's first, or one that was when `head` or `head_at` returned it."""
         level = self._active[entry.priority]
         level.turn = level.heap[0][0]
-        return level.lines[entry.tenant].popleft()
+        level.lines[entry.tenant].remove(entry)
+        return entry
 
     def charge(self, priority: int, tenant: str, tokens: int) -> None:
         """`tokens` were served to a tenant, at this priority."""

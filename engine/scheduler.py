@@ -15,6 +15,7 @@ the others (`engine.turns`). Slots and blocks: whoever holds less than the one t
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -147,9 +148,10 @@ class Scheduler:
         self._expire(now)
         draft = Draft(self.config.token_budget)
         for priority in sorted(self._slots.shares.priorities() | self._queue.priorities(), reverse=True):
-            running, waiting = self._slots.shares.numbers(priority), self._queue.tenants(priority)
-            allowance = self._turns.begin(priority, running, waiting, now)
-            first = None if allowance is None else self._level(priority)
+            running = self._slots.shares.numbers(priority)
+            contested = self._turns.quantum and len({*running, *self._queue.tenants(priority)}) > 1
+            first = self._level(priority) if contested else None
+            allowance = self._turns.begin(priority, running, self._comer(priority, first, running) if contested else None, now)
             self._decode(priority, draft, allowance)
             for stream in self._slots.prefilling:
                 if stream.priority == priority:
@@ -165,16 +167,23 @@ class Scheduler:
         self.counters.count(plan)
         return plan
 
+    def _comer(self, priority: int, first: Stream | None, running: Collection[str]) -> str | None:
+        """The tenant of the next stream that can be let in, if it has none running."""
+        stream = first or self._queue.head_at(priority, running)
+        if stream is None or not self._slots.free or self._blocks_for(stream) > self.pool.available:
+            return None
+        return stream.tenant
+
     def _level(self, priority: int) -> Stream | None:
         """Make room for a stream whose tenant holds less than the one that holds the most: of slots, if they are short, or else of blocks.
         Returns the stream: it must be admitted next, or whoever yielded for it would take its place again."""
         slots, pool = self._slots, self.pool
         holdings = slots.holdings(priority) if self._queue.tenants(priority) else {}
-        if not holdings:
-            return None
+        if not holdings or slots.below(priority):
+            return None  # lower priorities yield first: see `_make_room`
         held = {tenant: sum(len(stream.blocks) for stream in streams) for tenant, streams in holdings.items()}
         richest = max(holdings, key=lambda tenant: (held[tenant] if slots.free else len(holdings[tenant]), tenant))
-        busy = {stream.tenant for stream in slots.prefilling}  # these have no use for another slot yet
+        busy = {stream.tenant for stream in slots.prefilling if stream.priority == priority}  # these have no use for another slot yet
         stream = self._queue.head_at(priority, {*busy, richest})
         if stream is None:
             return None
@@ -185,7 +194,7 @@ class Scheduler:
         if slots.free and need <= pool.available:
             head = self._queue.head_at(priority)
             return stream if head is not None and self._blocks_for(head) > pool.available else None
-        need -= len(self._prefixes.match(stream))
+        need -= sum(not pool.is_cached(block) for block in self._prefixes.match(stream))
         yielding = who_yields(holdings.get(stream.tenant, []), holdings[richest], not slots.free, need, pool.available)
         for victim in yielding:
             self._preempt(victim)

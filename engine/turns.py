@@ -59,8 +59,9 @@ class Turns:
         self._credits: dict[int, dict[str, int]] = {}
         self._seen: dict[int, dict[str, float]] = {}
 
-    def begin(self, priority: int, running: Iterable[str], waiting: Iterable[str], now: float) -> Allowance | None:
-        """What the tenants at this priority may have of the next step; None if there is no more than one of them."""
+    def begin(self, priority: int, running: Iterable[str], comer: str | None, now: float) -> Allowance | None:
+        """What the tenants at this priority may have of the next step; None if there is no more than one of them. `comer` is the next that
+        can be let in: one that waits and cannot be has nothing of it if others are held back."""
         if not self.quantum:
             return None
         seen = self._seen.setdefault(priority, {})
@@ -69,8 +70,9 @@ class Turns:
             seen[tenant] = now
         for tenant in [tenant for tenant, when in seen.items() if now - when > LINGER_S]:
             del seen[tenant]
-            credits.pop(tenant, None)
-        if len(seen) + any(tenant not in seen for tenant in waiting) >= 2:
+        for tenant in credits.keys() - seen.keys():
+            del credits[tenant]
+        if len(seen) + (comer is not None and comer not in seen) >= 2:
             return Allowance(credits, self.most)
         for tenant in seen:
             credits[tenant] = self.quantum  # whoever was alone had enough
