@@ -71,7 +71,7 @@ class Actor:
         self.handlers: dict[type[Any], Callable[[Any], None]] = {Peers: self._meet, Stop: lambda _: self.stop()}
         # For messages that must not be handled before certain peers are known: whom, and since which incarnation.
         self.awaits: dict[type[Any], Callable[[Any], tuple[tuple[PeerKey, int], ...]]] = {}
-        self._newest: dict[PeerKey, int] = {}  # incarnation ever heard of
+        self.newest: dict[PeerKey, int] = {}  # incarnation ever heard of
         self._early: list[Any] = []
         self._stopped = False
 
@@ -156,7 +156,7 @@ class Actor:
         """A message may overtake the news of who sent it, or of whom it speaks. What it asks for would go to somebody dead: so it waits
         for that news, and so do those behind it."""
         awaits = self.awaits.get(type(message))
-        if awaits is not None and (self._early or any(self._newest.get(key, 0) < since for key, since in awaits(message))):
+        if awaits is not None and (self._early or any(self.newest.get(key, 0) < since for key, since in awaits(message))):
             self._early.append(message)
         else:
             self.handlers[type(message)](message)
@@ -167,7 +167,7 @@ class Actor:
         for key, peer in self.peers.items():
             if peer.address != self.post.address:
                 self.mail.connect(key, peer.address)
-        self._newest |= {key: max(peer.incarnation, self._newest.get(key, 0)) for key, peer in self.peers.items()}
+        self.newest |= {key: max(peer.incarnation, self.newest.get(key, 0)) for key, peer in self.peers.items()}
         self.met(before)
         early, self._early = self._early, []
         for one in early:

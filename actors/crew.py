@@ -8,7 +8,7 @@ from typing import Any
 
 import zmq
 
-from penstock.actors.actor import PeerKey, Post
+from penstock.actors.actor import EXECUTOR, PeerKey, Post
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault
 from penstock.actors.forkserver import ForkServer
@@ -70,7 +70,8 @@ class Crew:
         before = self.workers.get(key)
         worker: Worker = ThreadWorker(post, self._context) if self._forks is None else ProcessWorker(post, self._forks)
         if before is not None:
-            worker.failed_starts, worker.relieves = before.failed_starts, before.blameless
+            # One that was never born has ended nothing: who was to relieve somebody still is.
+            worker.failed_starts, worker.relieves = before.failed_starts, before.blameless if before.pid else before.relieves
         self.workers[key] = worker
 
     def _open_forks(self) -> None:
@@ -137,6 +138,12 @@ class Crew:
                     self._hire(key)
             elif worker.gone():
                 self._bury(key, worker, now)
+        self._starved = starved_processes()
+
+    def forgive(self, seconds: float) -> None:
+        """The machine stood still for so long, and nobody could move."""
+        for worker in self.workers.values():
+            worker.begun, worker.beat, worker.moved = worker.begun + seconds, worker.beat + seconds, worker.moved + seconds
 
     def _judge(self, key: PeerKey, worker: Worker, now: float) -> None:
         """End an actor that stalls, or that never gets ready."""
@@ -158,29 +165,29 @@ class Crew:
         usual = self._usual.get(worker.post.kind)
         if usual is None:
             return self.config.start_timeout
-        return min(self.config.start_timeout, max(self.config.stall_timeout, USUAL * usual) * 2.0**worker.failed_starts)
+        return min(self.config.start_timeout, max(self.config.stall_timeout, USUAL * usual) * 4.0**worker.failed_starts)
 
     def _bury(self, key: PeerKey, worker: Worker, now: float) -> None:
         if worker.pidfd is not None:
             self.mail.unwatch(worker.pidfd)
         worker.close()
-        starved, self._starved = self._starved, starved_processes()
-        worker.blameless = worker.by_hand or (worker.killed() and worker.fault is None and starved == self._starved)
+        starved = key == EXECUTOR and worker.killed() and starved_processes() != self._starved
+        worker.blameless = worker.by_hand or (worker.killed() and worker.fault is None and not starved)
         if worker.by_hand:
             self.log.info("restarted by hand", kind=key[0], index=key[1], death=worker.death())
             worker.up = False
             self.announce()
             self._hire(key)
             return
-        code = "out_of_memory" if worker.killed() and starved != self._starved else "engine_fault"
+        code = "out_of_memory" if starved else "engine_fault"
         fault = worker.fault or Fault(code=code, message=f"the {key[0]} died: {worker.death()}", actor=key[0])
         self.log.error("actor died", kind=key[0], index=key[1], death=worker.death(), why=fault.message)
         if fault.code == "out_of_memory" and worker.ready:
             # What else takes memory may stay: the next executor sizes its cache again, beside a smaller worst case.
             self._token_budget = max(LEAST_BUDGET, worker.facts["token_budget"] // 2)
             self.log.warning("smaller steps", token_budget=self._token_budget)
-        worker.failed_starts += not worker.ready
-        if not self.started or (worker.failed_starts >= len(BACKOFF_S) and not worker.blameless):
+        worker.failed_starts += not worker.ready and not worker.blameless
+        if not self.started or worker.failed_starts >= len(BACKOFF_S):
             self.failure = fault
             return
         worker.up = worker.ready = False

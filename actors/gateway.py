@@ -20,7 +20,7 @@ from penstock.actors.resolve import Model
 from penstock.actors.sessions import Session
 from penstock.actors.status import list_requests, status_report
 
-LOOK_EVERY_S = 0.1  # at leases and deadlines
+LOOK_EVERY_S, LATEST_LOOK_S = 0.1, 1.0  # at leases and deadlines
 OVERDUE_S = 0.5  # after its deadline a stream is ended without the scheduler
 JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
 
@@ -40,6 +40,7 @@ class GatewayActor(Actor):
         self.journal = self.handover.journal
         self.model: Model | None = None
         self.opened = self.draining = False
+        self.settled = 0.0  # when it is known who is there
         self.looked = 0.0  # when leases were judged last
         self.vitals: tuple[Any, ...] = ()
         self.totals = {"requests": 0, "finished": 0, "failed": 0, "generated_tokens": 0, "prompt_tokens": 0, "chunks": 0}
@@ -84,6 +85,8 @@ class GatewayActor(Actor):
         if self.opened or self.model is None or not self.handover.scheduler:
             return
         self.opened = True
+        if self.post.incarnation > self.config.tokenizers + self.config.detokenizers + 3:
+            self.settled = time.monotonic() + self.config.lease  # until then the clients of the gateway before this one may come back
         self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"open": True}))
         model, config = self.model, self.config
         facts = {"name": model.name, "digest": model.digest, "tokenizer": model.tokenizer, "vocab_size": model.vocab_size,
@@ -105,10 +108,11 @@ class GatewayActor(Actor):
         self._send_encodes()
         self._send_chunks()
         # A renewal may still be waiting at the door: leases are judged only when everything there is read.
-        if not self.reception.busy and now - self.looked >= LOOK_EVERY_S:
+        # If there is always more, they are judged all the same.
+        if now - self.looked >= (LATEST_LOOK_S if self.reception.busy else LOOK_EVERY_S):
             self.looked = now
             self._expire(now)
-            if self.draining and all(request.state == "told" for session in self.sessions for request in session.requests.values()):
+            if self.draining and now >= self.settled and not any(request.state != "told" for request in self.sessions.requests()):
                 self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
 
     def _expire(self, now: float) -> None:
@@ -152,7 +156,7 @@ class GatewayActor(Actor):
                 raise Refusal("duplicate_request", text, field="request", value=message.request[:120])
             if known is not None:  # told; or said again on a new connection, without its answer: it begins anew
                 self._finish(known)
-            if self.model is None or self.draining:
+            if self.model is None or (self.draining and message.resume is None):
                 code = "draining" if self.draining else "unavailable"
                 raise Refusal(code, "the engine takes no new requests now", retry_after=1.0)
             request = OpenRequest(message.request, session, now)

@@ -124,7 +124,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """The value of a request, from `hand_over`. `sampler` is engine.request.Sampler as a map; `decode` is for the detokenizer and
+    """The value of a request, from `HandOver.give`. `sampler` is engine.request.Sampler as a map; `decode` is for the detokenizer and
     passes through the scheduler unread. `prompt` and `generated` are int32."""
 
     handle: int

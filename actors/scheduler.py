@@ -108,8 +108,8 @@ class SchedulerActor(Actor):
         self.journaled[message.index] = max(self.journaled[message.index], min(message.number, self.emitted[message.index]))
 
     def _submit(self, message: Submit) -> None:
-        if self.scheduler is None:
-            return  # it will be handed over again after Begin
+        if self.scheduler is None or message.handle >> 32 < self.newest.get(GATEWAY, 0):
+            return  # it will be handed over again after Begin; or nobody will read it, since its gateway is no more
         request: Request = request_from(message)
         try:
             self.scheduler.submit(request, time.monotonic())

@@ -138,6 +138,9 @@ class Sessions:
         """Streams of a client, ended ones that it has not acknowledged included; those of all the user's clients, if it has a user."""
         return sum(one.held for one in self.of(session.user).values()) if session.user else session.held
 
+    def requests(self) -> Iterator[OpenRequest]:
+        return (request for session in self for request in session.requests.values())
+
     def add(self, request: OpenRequest) -> None:
         request.session.requests[request.id] = request
         request.session.held += request.streams

@@ -136,9 +136,12 @@ class Supervisor:
     # ── the loop ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _loop(self) -> None:
-        vitals = 0.0
+        vitals, last = 0.0, time.monotonic()
         while self.stopping is None:
             woken = self.mail.wait(0.1 if self.config.placement == "threads" else HEARTBEAT_S)
+            still = time.monotonic() - last - HEARTBEAT_S
+            if still > HEARTBEAT_S:  # not even this process got on
+                self.crew.forgive(still)
             while (message := self.mail.receive()) is not None:
                 self._handlers[type(message)](message)
             if self._signals is not None and self._signals in woken:
@@ -159,6 +162,7 @@ class Supervisor:
             if now >= vitals:
                 self._tell_vitals(now)
                 vitals = now + HEARTBEAT_S
+            last = now
 
     def _tell_vitals(self, now: float) -> None:
         self.mail.send(GATEWAY, Vitals(self.crew.vitals(now)))

@@ -142,5 +142,5 @@ def _recovery(name: str, seconds: list[float]) -> dict[str, float | None]:
 def _strange_deaths(log: Path) -> list[str]:
     """How actors died that nobody killed."""
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    died = [line for line in lines if line["event"] == "actor died" and "SIGKILL" not in line["death"]]
+    died = [line for line in lines if line["event"] == "actor died" and not line["why"].endswith("died: killed by SIGKILL")]
     return [f"{line['kind']}: {line['death']}: {line['why']}" for line in died]

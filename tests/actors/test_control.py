@@ -195,6 +195,24 @@ def test_an_engine_that_is_drained_finishes_its_streams_refuses_others_and_ends(
         assert engine.status == 0
 
 
+def test_a_gateway_that_dies_while_it_drains_loses_no_stream() -> None:
+    with Engine("tiny", executor="mock", mock_step=0.02, lease=3.0, drain_timeout=60.0) as engine:
+        engine.wait(60)
+        with Client(engine.address) as client:
+            stream = client.stream([1, 2], max_tokens=200, seed=3)
+            chunks = iter(stream)
+            ids = list(next(chunks).ids)
+            pid = next(row["pid"] for row in client.status()["actors"] if row["kind"] == "gateway")
+            assert client.drain() == 1
+            os.kill(pid, signal.SIGKILL)
+            ids += [token for chunk in chunks for token in chunk.ids]
+            assert len(ids) == 200
+            assert list(stream.completion().ids) == ids
+        while engine.status is None:
+            time.sleep(0.01)
+        assert engine.status == 0
+
+
 def test_an_idle_engine_that_is_drained_answers_before_it_ends() -> None:
     async def main(address: str) -> None:
         async with AsyncClient(address) as client:
