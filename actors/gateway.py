@@ -112,7 +112,8 @@ class GatewayActor(Actor):
         if now - self.looked >= (LATEST_LOOK_S if self.reception.busy else LOOK_EVERY_S):
             self.looked = now
             self._expire(now)
-            if self.draining and now >= self.settled and not any(request.state != "told" for request in self.sessions.requests()):
+            settled = self.opened and now >= self.settled
+            if self.draining and settled and not any(request.state != "told" for request in self.sessions.requests()):
                 self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"drained": True}))
 
     def _expire(self, now: float) -> None:
