@@ -8,7 +8,7 @@ from typing import Any
 
 import zmq
 
-from penstock.actors.actor import EXECUTOR, PeerKey, Post
+from penstock.actors.actor import EXECUTOR, HEARTBEAT_S, PeerKey, Post
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault
 from penstock.actors.forkserver import ForkServer
@@ -45,7 +45,7 @@ class Crew:
         self._incarnations = 0
         self._token_budget = config.token_budget
         self._usual: dict[str, float] = {}  # kind → seconds that its longest start took
-        self._starved = starved_processes()
+        self._starved, self._count_at = starved_processes(), 0.0
 
     # ── starting ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -138,7 +138,8 @@ class Crew:
                     self._hire(key)
             elif worker.gone():
                 self._bury(key, worker, now)
-        self._starved = starved_processes()
+        if now >= self._count_at:
+            self._starved, self._count_at = starved_processes(), now + HEARTBEAT_S
 
     def forgive(self, seconds: float) -> None:
         """The machine stood still for so long, and nobody could move."""

@@ -107,8 +107,7 @@ class GatewayActor(Actor):
             self.calls[type(message)](session, message)
         self._send_encodes()
         self._send_chunks()
-        # A renewal may still be waiting at the door: leases are judged only when everything there is read.
-        # If there is always more, they are judged all the same.
+        # A renewal may still be waiting at the door: leases are judged when everything there is read, or if there is always more.
         if now - self.looked >= (LATEST_LOOK_S if self.reception.busy else LOOK_EVERY_S):
             self.looked = now
             self._expire(now)

@@ -93,7 +93,7 @@ class Reception:
             except WireError as error:
                 self.door.send(arrival.identity, Failed(None, Fault(code=error.code, message=str(error)).to_wire()))
             before, spent = spent, time.thread_time()
-            (self._strangers if self.sessions.find(arrival.identity) is None else self._meter).spend(arrival.identity, spent - before)
+            self._meter_of(self.sessions.find(arrival.identity)).spend(arrival.identity, spent - before)
             if time.monotonic() > end:
                 break
         self.busy = taken == BATCH or time.monotonic() > end
@@ -116,7 +116,7 @@ class Reception:
         session = self.sessions.find(identity)
         if user is None or (session is not None and session.user != user):
             return  # its key was revoked, or it took the place of another's connection
-        meter = self._strangers if session is None else self._meter
+        meter = self._meter_of(session)
         verdict = meter.judge(identity, arrival.size, now)
         if session is not None:
             session.seen = now
@@ -136,6 +136,9 @@ class Reception:
         elif isinstance(message, Generate):
             self.turned_away += 1
             self.answer(session, Failed(message.request, _too_much(meter.turn(identity))))
+
+    def _meter_of(self, session: Session | None) -> Meter:
+        return self._strangers if session is None else self._meter
 
     def _may_ask(self, session: Session, message: Any, verdict: Verdict, now: float) -> bool:
         if isinstance(message, Generate):
