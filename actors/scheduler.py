@@ -177,7 +177,7 @@ class SchedulerActor(Actor):
         for index in range(count):
 
             def mine(rows: Iterable[Any], index: int = index) -> tuple[Any, ...]:
-                return tuple(row for row in rows if detokenizer_of(row[0], count) == index)
+                return tuple([row for row in rows if detokenizer_of(row[0], count) == index])
 
             handles = attempts = offsets = ids = b""
             at: dict[int, int] = {}  # row of the step's results → row of this message
@@ -190,8 +190,8 @@ class SchedulerActor(Actor):
             prompts = mine(commit.prompt_logprobs) if commit is not None else ()
             self._send(
                 index, mine(opens), handles, attempts, offsets, ids, mine(ends),
-                tuple((at[row], token) for row, token in details if row in at),
-                tuple((handle, attempt, token_rows(top)) for handle, attempt, top in prompts),
+                tuple([(at[row], token) for row, token in details if row in at]),
+                tuple([(handle, attempt, token_rows(top)) for handle, attempt, top in prompts]),
             )  # fmt: skip
 
     def _send(self, index: int, opens: tuple[Any, ...], handles: bytes, *more: Any) -> None:
