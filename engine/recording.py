@@ -30,7 +30,7 @@ from penstock.engine.plan import Fill, Int32, StepPlan, StepResult
 from penstock.engine.recorder import Call, RecordedScheduler
 from penstock.engine.request import Request, Sampler
 from penstock.engine.scheduler import Scheduler, SchedulerConfig
-from penstock.engine.slots import Slots
+from penstock.engine.slots import Slots, token_room
 from penstock.engine.snapshot import PARTS, Snapshot, attributes
 from penstock.engine.stream import Stream
 
@@ -291,5 +291,5 @@ def _make_room(config: SchedulerConfig, slots: Slots) -> None:
     # What is served is counted for each of these numbers, so one of them is as good as a shape.
     if len(slots.stops) != config.slots or not ((slots.share >= 0) & (slots.share < config.slots)).all():
         raise RecordingError(f"slots that are not those of {config.slots} streams")
-    slots.tokens = np.zeros((config.slots, config.max_model_len + 1), np.int32)
+    slots.tokens = token_room(config.slots, config.max_model_len)
     slots.tokens[:, : known.shape[1]] = known

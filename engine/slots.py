@@ -13,6 +13,7 @@ the occupant that it was for.
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Slots:
         self.share = np.zeros(slots, np.int64)
         self.ran = np.zeros(slots, np.int64)  # the step that it was in last
         self.stops = np.full((slots, 4), -1, np.int32)
-        self.tokens = np.zeros((slots, max_model_len + 1), np.int32)
+        self.tokens = token_room(slots, max_model_len)
         self._next_stay = 0
 
     # ── who is here ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,6 +169,13 @@ class Slots:
         self.known[slots] = known + 1
         stopped = (ids[:, None] == self.stops[slots]).any(axis=1)
         return known, stopped, known + 1 >= self.total[slots]
+
+
+def token_room(slots: int, max_model_len: int) -> Int32:
+    """Zeros `[slots, max_model_len + 1]`, of which only pages that are used take memory. numpy asks for huge pages, of which a few short
+    streams would take all."""
+    room = mmap.mmap(-1, 4 * slots * (max_model_len + 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(room, np.int32).reshape(slots, -1)
 
 
 class Shares:
