@@ -11,6 +11,7 @@ import torch
 from penstock.engine.attention.base import block_bytes
 from penstock.engine.model.base import Model
 from penstock.engine.model.spec import ModelError
+from penstock.engine.rehearsal import run_worst_case
 from penstock.engine.runner import Runner, RunnerConfig
 
 SPARE = 64 * 2**20  # bytes left free on a GPU, beside penalty counts, for what allocates later
@@ -31,9 +32,10 @@ class Workload:
         """Blocks of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
 
-    def config(self, blocks: int, *, in_flight: int = 3, attention: str = "auto") -> RunnerConfig:
+    def config(self, blocks: int, *, in_flight: int = 3, attention: str = "auto", graphs: bool = True) -> RunnerConfig:
         return RunnerConfig(
-            slots=self.slots, blocks=blocks, block_size=self.block_size, columns=self.columns, in_flight=in_flight, attention=attention
+            slots=self.slots, blocks=blocks, block_size=self.block_size, columns=self.columns, in_flight=in_flight, attention=attention,
+            graphs=graphs,
         )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str) -> 
     try:
         runner = Runner(model, work.config(max(needed, work.columns), attention=attention))
         pool = sum(stack.nbytes for stack in runner.pool.stacks)
-        runner.run_worst_case(work.token_budget)
+        run_worst_case(runner, work.token_budget)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             "out_of_memory", f"a step of token_budget={work.token_budget} tokens does not fit beside the weights on {device}: {error}"

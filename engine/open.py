@@ -33,7 +33,7 @@ def open_mock(
         "defaults": {"temperature": 0.0},
         "slots": max_running, "blocks": blocks or max_running * 4096 // block_size, "block_size": block_size,
         "token_budget": token_budget or 8192, "dtype": "none", "device": "none", "decoder": "none", "attention": "none",
-        "step_s": mock_step * (1 + (token_budget or 8192) / PACED),
+        "graphs": False, "step_s": mock_step * (1 + (token_budget or 8192) / PACED),
     }  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def open_model(
     threads: int | None,
     seed: int,
     decoder: str,
+    graphs: bool,
 ) -> tuple[Runner, dict[str, Any]]:
     """Load a model, size its cache, warm it up. Raises `ModelError`.
 
@@ -64,6 +65,7 @@ def open_model(
     from penstock.engine.memory import Workload, count_blocks
     from penstock.engine.model.build import build_model
     from penstock.engine.model.spec import ModelError, read_spec
+    from penstock.engine.rehearsal import warm_up
     from penstock.engine.runner import Runner
 
     logging.disable_progress_bar()  # an executor's output is a log
@@ -81,8 +83,8 @@ def open_model(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size
     )
     count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks)
-    runner = Runner(built, work.config(count, in_flight=lookahead + 1))
-    step_s = runner.warm_up() * work.token_budget
+    runner = Runner(built, work.config(count, in_flight=lookahead + 1, graphs=graphs))
+    step_s = warm_up(runner) * work.token_budget
     defaults = spec.defaults
     return runner, {
         "digest": spec.digest, "name": model, "vocab_size": spec.vocab_size, "max_model_len": spec.max_model_len, "eos": spec.eos_ids,
@@ -92,5 +94,5 @@ def open_model(
         },
         "slots": max_running, "blocks": count, "block_size": block_size, "token_budget": work.token_budget, "dtype": spec.dtype,
         "device": device, "decoder": type(built).__name__, "attention": type(runner.attention).__name__,
-        "step_s": step_s,
+        "graphs": runner.graphs is not None, "step_s": step_s,
     }  # fmt: skip

@@ -11,34 +11,39 @@ penalties need (device). A decode's input never passes through the host, so the 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from penstock.engine.attention.base import AttentionBackend, Columns, Int32, KVPool, StepRows
+from penstock.engine.attention.base import AttentionBackend, Columns, Int32, KVPool, StepRows, can_fuse
 from penstock.engine.attention.gather import GatherAttention
 from penstock.engine.attention.inplace import InPlaceAttention
 from penstock.engine.attention.inplace import suits as inplace_suits
 from penstock.engine.kernels.cpu import load_kernels
 from penstock.engine.model.base import Model
-from penstock.engine.plan import Fill, StepPlan, StepResult, TopLogprobs
-from penstock.engine.request import Sampler
+from penstock.engine.noise import noise_keys
+from penstock.engine.plan import StepPlan
+from penstock.engine.results import Launched
 from penstock.engine.sampling import Logprobs, SlotSampler, top_logprobs
 from penstock.engine.staging import Copied, Here, HostStaging, PinnedStaging, Returned, Staging
 
+if TYPE_CHECKING:
+    from penstock.engine.graphs import DecodeGraphs
+
 PROMPT_LOGITS = 1 << 25  # logits computed at once for prompt log-probabilities
 Rows = npt.NDArray[np.intp]
-NO_IDS: Int32 = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig:
     """Sizes. `columns` is the width of the block table: blocks of the longest sequence. `in_flight` is the most steps that may be launched
-    before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton"."""
+    before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton". `graphs`: decode steps are CUDA
+    graphs, where there is CUDA."""
 
     slots: int
     blocks: int
@@ -46,44 +51,7 @@ class RunnerConfig:
     columns: int = 256
     in_flight: int = 3
     attention: str = "auto"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Launched:
-    """A step that is running, or done: `engine.plan.Pending`. `places[i]` is where the plan's i-th sampled row is among the ids."""
-
-    step: int
-    started: float
-    places: Int32
-    returned: Returned | None
-    logprob_rows: Int32 | None = None
-    prompt_rows: Int32 | None = None
-    error: str | None = None
-
-    def result(self) -> StepResult:
-        """Wait for the step, and return what it sampled."""
-        try:
-            got = {name: tensor.numpy() for name, tensor in self.returned.wait().items()} if self.returned is not None else None
-        except RuntimeError as error:
-            return self._failed(str(error))
-        if got is None:
-            return self._failed(self.error or "the step failed")
-        ids = got["ids"].astype(np.int32)[self.places]
-        logprobs = prompts = None
-        if self.logprob_rows is not None:
-            order = np.argsort(self.places)[self.logprob_rows]  # from the order on the device to the plan's
-            logprobs = _top(got, "logprobs", order.astype(np.int32))
-        if self.prompt_rows is not None:
-            prompts = _top(got, "prompts", self.prompt_rows)
-        return StepResult(self.step, ids, logprobs, prompts, None, time.perf_counter() - self.started)
-
-    def _failed(self, error: str) -> StepResult:
-        return StepResult(self.step, NO_IDS, error=error, seconds=time.perf_counter() - self.started)
-
-
-def _top(got: dict[str, npt.NDArray[Any]], kind: str, rows: Int32) -> TopLogprobs:
-    ids, values, ranks = (got[f"{kind}.{name}"] for name in ("ids", "values", "ranks"))
-    return TopLogprobs(rows, ids.astype(np.int32), values.astype(np.float32), ranks.astype(np.int32))
+    graphs: bool = True
 
 
 class Runner:
@@ -101,9 +69,10 @@ class Runner:
         model.attach(self.pool, self.attention)
         self.sampler = SlotSampler(config.slots, model.vocab_size, device)
         self.table = np.zeros((config.slots, config.columns), np.int32)
-        self.last = torch.zeros(config.slots, dtype=torch.int64, device=device)
+        self.last = torch.zeros(config.slots + 1, dtype=torch.int64, device=device)  # see `engine.graphs` for the one more
         self.staging: Staging = PinnedStaging(device, config.in_flight + 1) if device.type == "cuda" else HostStaging()
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.graphs = _graphs(config, model, self.attention, self.last)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -114,61 +83,18 @@ class Runner:
         sampling = order[plan.samples[order]]  # rows of the plan, in the order in which they are sampled
         places = np.argsort(sampling).astype(np.int32)
         try:
-            return self._launch(plan, order, sampling, places, started)
+            for fill in plan.fills:
+                self.sampler.fill(fill)
+            self.table[plan.table_slots, plan.table_columns] = plan.table_blocks
+            if self.graphs is not None and plan.decodes == len(plan.slots):
+                return Launched(plan.step, started, places, *self._decode(self.graphs, plan))
+            return Launched(plan.step, started, places, *self._run(plan, order, sampling))
         except RuntimeError as error:  # what torch raises, out of memory included
             return Launched(plan.step, started, places, None, error=f"{type(error).__name__}: {error}")
 
-    def warm_up(self) -> float:
-        """Run a prefill and decodes, short and long, on slots and blocks that hold nothing yet, so that the first request finds compiled
-        kernels and allocated buffers. Returns the seconds that the prefill took for each token. Raises `RuntimeError` if a step fails."""
-        # A CPU compiles nothing for a shape, and a full batch would take it seconds, each time that an executor starts.
-        rows = min(self.config.slots, self.config.blocks, 2 if self.device.type == "cpu" else self.config.slots)
-        begun = time.perf_counter()
-        self._rehearse(rows, self.config.block_size, Sampler())
-        seconds = time.perf_counter() - begun
-        self._rehearse(rows, 1, Sampler(temperature=1.0))
-        self._rehearse(1, 1, Sampler(), start=min(self.config.columns, self.config.blocks) * self.config.block_size - 1)
-        return seconds / (rows * self.config.block_size)
-
-    def run_worst_case(self, token_budget: int) -> None:
-        """Run the steps that take the most memory: `token_budget` tokens in prefill chunks, and all slots sampling with every filter.
-        Overwrites the pool. Raises `RuntimeError` if a step fails."""
-        size, columns = self.config.block_size, self.config.columns
-        most = min(token_budget, self.config.blocks * size)
-        self._rehearse(1, min(most, columns * size), Sampler())
-        rows = min(self.config.slots, most, self.config.blocks)
-        share = min(most // rows, columns * size, self.config.blocks // rows * size)
-        self._rehearse(rows, max(share, 1), Sampler(temperature=1.0, top_p=0.9, min_p=0.1))
-
-    def _rehearse(self, rows: int, tokens: int, sampler: Sampler, start: int = 0) -> None:
-        """One step of `rows` rows of `tokens` new tokens each, from position `start` on, in the first slots and blocks; both are free again
-        afterwards. The keys before `start` are whatever lies there."""
-        each = -(-(start + tokens) // self.config.block_size)
-        slots = np.arange(rows, dtype=np.int32)
-        decodes = rows if tokens == 1 else 0
-        plan = StepPlan(
-            step=-1,
-            fills=tuple(Fill(slot, 0, sampler, NO_IDS) for slot in range(rows)),
-            table_slots=np.repeat(slots, each),
-            table_columns=np.tile(np.arange(each, dtype=np.int32), rows),
-            table_blocks=np.arange(rows * each, dtype=np.int32) % self.config.blocks,
-            slots=slots,
-            starts=np.full(rows, start, np.int32),
-            counts=np.full(rows, tokens, np.int32),
-            decodes=decodes,
-            samples=np.ones(rows, np.bool_),
-            tokens=np.zeros(0 if decodes else rows * tokens, np.int32),
-        )
-        result = self.launch(plan).result()
-        for slot in range(rows):
-            self.sampler.fill(Fill(slot, 0, Sampler(), NO_IDS))
-        if result.error is not None:
-            raise RuntimeError(f"a rehearsal of {rows} rows of {tokens} tokens failed: {result.error}")
-
-    def _launch(self, plan: StepPlan, order: Rows, sampling: Rows, places: Int32, started: float) -> Launched:
-        for fill in plan.fills:
-            self.sampler.fill(fill)
-        self.table[plan.table_slots, plan.table_columns] = plan.table_blocks
+    def _run(self, plan: StepPlan, order: Rows, sampling: Rows) -> tuple[Returned, Int32 | None, Int32 | None]:
+        """Any step, operation by operation. Returns what is on its way, and of which rows the log-probabilities are: sampled, and
+        prompts'."""
         written = (plan.table_slots, plan.table_columns)
         rows = StepRows(plan.slots[order], plan.starts[order], plan.counts[order], plan.decodes, self.table, written)
         positions = rows.positions()
@@ -190,21 +116,41 @@ class Runner:
         self.attention.begin(sent)
         ids = torch.cat((self.last.index_select(0, sent["decode_slots"]), sent["tokens"]))
         logits = self.model.forward(ids, sent["positions"], sent["sample_tokens"], keep=told is not None)
-        back: dict[str, Tensor] = {}
-        logprobs = None
-        if len(sampling):
-            sampled = self.sampler.sample(logits, sent)
-            self.last.index_copy_(0, sent["sample_slots"], sampled.ids)
-            back["ids"], logprobs = sampled.ids, sampled.logprobs
-        else:
-            back["ids"] = torch.empty(0, dtype=torch.int64, device=self.device)
-        if logprobs is not None:
-            back |= {"logprobs.ids": logprobs.ids, "logprobs.values": logprobs.values, "logprobs.ranks": logprobs.ranks}
+        back, logprob_rows = self._sample(logits, sent)
         if told is not None:
             top = self._prompt_logprobs(sent, told[0], told[3])
             back |= {"prompts.ids": top.ids, "prompts.values": top.values, "prompts.ranks": top.ranks}
-        returned = Copied(back, self.copies) if self.copies is not None else Here(back)
-        return Launched(plan.step, started, places, returned, None if logprobs is None else logprobs.rows, told and told[0])
+        return self._give(back), logprob_rows, told and told[0]
+
+    def _decode(self, graphs: DecodeGraphs, plan: StepPlan) -> tuple[Returned, Int32 | None]:
+        """A step of decodes alone, as a CUDA graph."""
+        slots, positions, sampler, size = plan.slots, plan.starts, self.sampler, self.config.block_size
+        plain = bool(sampler.plain[slots].all())
+        columns = graphs.attention.changes(self.table, plan.table_slots, plan.table_columns)
+        if not plain:
+            columns |= sampler.prepare(slots, positions + 1) | {"sample_slots": slots}
+        sent = self.staging.send(columns) if columns else {}
+        graphs.attention.write_table(sent)
+        keys = noise_keys(sampler.seed[slots], positions + 1)
+        places = self.table[slots, positions // size] * np.int32(size) + positions % np.int32(size)
+        out = graphs.run((slots, positions, places, keys), sampler.temperature[slots], plain=plain)
+        if plain:
+            return graphs.give(out), None
+        back, logprob_rows = self._sample(out, sent)
+        return self._give(back), logprob_rows
+
+    def _sample(self, logits: Tensor, sent: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Int32 | None]:
+        """Sample the rows of `sample_slots`. Returns what the host is to know, and of which rows the log-probabilities are."""
+        if not len(logits):
+            return {"ids": torch.empty(0, dtype=torch.int64, device=self.device)}, None
+        sampled = self.sampler.sample(logits, sent)
+        self.last.index_copy_(0, sent["sample_slots"], sampled.ids)
+        if (top := sampled.logprobs) is None:
+            return {"ids": sampled.ids}, None
+        return {"ids": sampled.ids, "logprobs.ids": top.ids, "logprobs.values": top.values, "logprobs.ranks": top.ranks}, top.rows
+
+    def _give(self, back: dict[str, Tensor]) -> Returned:
+        return Copied(back, self.copies) if self.copies is not None else Here(back)
 
     def _prompt_targets(self, plan: StepPlan) -> tuple[Int32, Int32, Int32, int] | None:
         """What prompt log-probabilities are asked of this step's chunks: row, token of the step, the id that follows it, and the most k."""
@@ -252,3 +198,11 @@ def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBac
     if kind not in ("auto", "gather"):
         raise ValueError(f"attention={kind!r}: must be auto, gather, inplace or triton")
     return GatherAttention(pool, model.layers)
+
+
+def _graphs(config: RunnerConfig, model: Model, attention: AttentionBackend, last: Tensor) -> DecodeGraphs | None:
+    if not config.graphs or model.device.type != "cuda" or not can_fuse(attention):
+        return None
+    from penstock.engine.graphs import DecodeGraphs  # Triton comes with CUDA builds of torch only
+
+    return DecodeGraphs(model, attention, last, config.in_flight)

@@ -76,6 +76,7 @@ class SlotSampler:
         self.logprobs = np.full(slots, -1, np.int32)
         self.prompt_logprobs = np.full(slots, -1, np.int32)
         self.edited = np.zeros(slots, np.bool_)
+        self.plain = np.ones(slots, np.bool_)  # the token is the largest logit or drawn, and nobody asks for more
         self.edits: dict[int, Edits] = {}
         self.prompts: dict[int, Int32] = {}
         self.counts = TokenCounts(slots, vocab_size, device)
@@ -111,6 +112,8 @@ class SlotSampler:
             self.tails.fill(slot, fill.history)
         else:
             self.tails.drop(slot)
+        filtered = self.top_k[slot] > 0 or self.top_p[slot] < 1 or self.min_p[slot] > 0
+        self.plain[slot] = not (filtered or edits is not None or sampler.counts_tokens or sampler.logprobs >= 0)
 
     # ── on the host ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -257,9 +260,9 @@ class SlotSampler:
 
 
 def _draw_on_cuda(scores: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
-    from penstock.engine.kernels.sample import draw_rows  # Triton comes with CUDA builds of torch only
+    from penstock.engine.kernels.sample import sample_rows  # Triton comes with CUDA builds of torch only
 
-    return draw_rows(scores, temperature, keys)
+    return sample_rows(scores, temperature, keys)
 
 
 def top_logprobs(logprobs: Tensor, ids: Tensor, rows: Int32, most: int) -> Logprobs:

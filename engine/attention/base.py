@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from penstock.engine.attention.triton import TritonAttention
 
 Int32 = npt.NDArray[np.int32]
 Columns = dict[str, npt.NDArray[Any]]
@@ -71,6 +74,7 @@ class AttentionBackend(Protocol):
     """One way to attend, and the step context that all layers share: `prepare` and `begin` run once a step, `attend` once a layer."""
 
     sorts_decodes: bool  # whether it likes decode rows in order of length
+    fuses: bool  # whether it is Triton's: then other kernels may write keys and values for it
 
     def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
         """On the host: the columns that this backend needs on the device, whatever their names."""
@@ -84,6 +88,11 @@ class AttentionBackend(Protocol):
         """Write k `[tokens, kv_heads, head_dim]` and v to the layer's pool, then attend with q `[tokens, heads, head_dim]`. Returns
         `[tokens, heads, value_dim]`."""
         ...
+
+
+def can_fuse(backend: AttentionBackend) -> TypeGuard[TritonAttention]:
+    """Whether other kernels may write keys and values for it."""
+    return backend.fuses
 
 
 class LayerAttention:

@@ -61,6 +61,7 @@ class GatherAttention:
     """`engine.attention.base.AttentionBackend` for a `KVPool`."""
 
     sorts_decodes = True
+    fuses = False
 
     def __init__(self, pool: KVPool, layers: Sequence[LayerShape]) -> None:
         self.pool, self.block_size = pool, pool.block_size

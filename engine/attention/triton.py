@@ -9,36 +9,43 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import Columns, Int32, KVPool, LayerAttention, LayerShape, StepRows
-from penstock.engine.kernels.paged_attention import Rows, attend_rows, queries_in_tile, write_rows
+from penstock.engine.kernels.decode_attention import Decodes, attend_decodes, splits_for
+from penstock.engine.kernels.paged_attention import Chunks, attend_chunks, queries_in_tile, write_rows
 
 
 class TritonAttention:
-    """`engine.attention.base.AttentionBackend` for a `KVPool`. The block tables live on the device and get only what changed."""
+    """`engine.attention.base.AttentionBackend` for a `KVPool`. The block tables live on the device and get only what changed; after those
+    of the slots comes one that stays empty, for rows that only fill up a CUDA graph."""
 
     sorts_decodes = False
+    fuses = True
 
     def __init__(self, pool: KVPool, layers: Sequence[LayerShape], slots: int, columns: int) -> None:
         device = pool.stacks[0].device
         self.pool = pool
-        self.table = torch.zeros((slots, columns), dtype=torch.int32, device=device)
+        self.table = torch.zeros((slots + 1, columns), dtype=torch.int32, device=device)
+        self.kv_heads = max(layer.kv_heads for layer in layers)
+        self.tickets = torch.zeros((slots + 1) * self.kv_heads, dtype=torch.int32, device=device)
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         self.tiles = {
             queries_in_tile(layer.heads // layer.kv_heads, layer.head_dim, pool.stacks[0].dtype): None for layer in layers
         }  # an ordered set: how many queries a tile holds is all that layers differ in
-        self.decodes: Rows | None = None
-        self.chunks: dict[int, Rows] = {}
+        self.decodes: Decodes | None = None
+        self.chunks: dict[int, Chunks] = {}
         self.places = self.table
-        self._shape = (0, 0, 0, 0)  # rows, decodes, tokens, longest
+        self._shape = (0, 0, 0)  # rows, decodes, longest
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.table.shape[1]) * self.pool.block_size
 
     def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
-        slots, columns = rows.written
-        written = slots.astype(np.int64) * rows.table.shape[1] + columns
         decodes = rows.decodes
-        longest = int(rows.starts[:decodes].max()) + 1 if decodes else 0
-        self._shape = (len(rows.slots), decodes, len(positions), longest)
-        # An entry written twice by one plan gets its last value both times, so that the order on the device does not matter.
-        sent: Columns = {"table.at": written, "table.blocks": rows.table[slots, columns]} if len(written) else {}
-        sent |= {"places": places, "row.slots": rows.slots, "row.starts": rows.starts, "row.firsts": rows.firsts}
+        self._shape = (len(rows.slots), decodes, int(rows.starts[:decodes].max()) + 1 if decodes else 0)
+        sent = self.changes(rows.table, *rows.written) | {
+            "places": places, "row.slots": rows.slots, "row.starts": rows.starts, "row.firsts": rows.firsts,
+        }  # fmt: skip
         for queries in self.tiles if decodes < len(rows.slots) else ():
             tiles = -(-rows.counts[decodes:] // queries)
             befores = np.repeat(np.cumsum(tiles) - tiles, tiles)
@@ -46,30 +53,47 @@ class TritonAttention:
             sent[f"tile.offsets.{queries}"] = (np.arange(len(befores)) - befores) * queries
         return sent
 
-    def begin(self, columns: Mapping[str, Tensor]) -> None:
+    def changes(self, table: Int32, slots: Int32, columns: Int32) -> Columns:
+        """What `write_table` needs to follow the host's table."""
+        if not len(slots):
+            return {}
+        # An entry written twice by one plan gets its last value both times, so that the order on the device does not matter.
+        return {"table.at": slots.astype(np.int64) * table.shape[1] + columns, "table.blocks": table[slots, columns]}
+
+    def write_table(self, columns: Mapping[str, Tensor]) -> None:
         if "table.at" in columns:
             self.table.view(-1).index_copy_(0, columns["table.at"], columns["table.blocks"].int())
+
+    def begin(self, columns: Mapping[str, Tensor]) -> None:
+        self.write_table(columns)
         self.places = columns["places"]
-        rows, decodes, _, longest = self._shape
+        rows, decodes, longest = self._shape
         slots, starts, firsts = columns["row.slots"], columns["row.starts"], columns["row.firsts"]
-        self.decodes = Rows(slots, starts, firsts, self.table, decodes, longest) if decodes else None
-        self.chunks = {}
+        self.decodes, self.chunks = None, {}
+        if decodes:
+            self.begin_decodes(slots, starts, self.places, decodes, longest)
         for queries in self.tiles if decodes < rows else ():
             tile_rows, offsets = columns[f"tile.rows.{queries}"], columns[f"tile.offsets.{queries}"]
-            self.chunks[queries] = Rows(slots, starts, firsts, self.table, len(tile_rows), 0, tile_rows, offsets)
+            self.chunks[queries] = Chunks(slots, starts, firsts, self.table, tile_rows, offsets)
+
+    def begin_decodes(self, slots: Tensor, starts: Tensor, places: Tensor, rows: int, longest: int) -> None:
+        """A step of decodes alone, whose columns are on the device already. Lengths are read there: `longest` only decides how many
+        programs share a row."""
+        self.places, self.chunks = places, {}
+        self.decodes = Decodes(slots, starts, self.table, rows, splits_for(rows, self.kv_heads, self.processors, longest))
 
     def attend(self, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        shape = layer.shape
         write_rows(k, layer.keys, self.places)
         write_rows(v, layer.values, self.places)
-        if q.stride(2) != 1:
-            q = q.contiguous()
+        return self.attend_written(layer, q if q.stride(2) == 1 else q.contiguous(), sinks)
+
+    def attend_written(self, layer: LayerAttention, q: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """`attend`, when keys and values are in the pool already; the last dimension of q lies together."""
+        shape = layer.shape
         out = q.new_empty((len(q), shape.heads, shape.value_dim))
+        if self.decodes is not None:
+            attend_decodes(q, layer.keys, layer.values, out, self.decodes, self.tickets, shape, sinks)
         queries = queries_in_tile(shape.heads // shape.kv_heads, shape.head_dim, q.dtype)
-        for rows in (self.decodes, self.chunks.get(queries)):
-            if rows is not None:
-                attend_rows(
-                    q, layer.keys, layer.values, out, rows, scaling=shape.scaling, softcap=shape.softcap, window=shape.window,
-                    sinks=sinks, processors=self.processors,
-                )  # fmt: skip
+        if queries in self.chunks:
+            attend_chunks(q, layer.keys, layer.values, out, self.chunks[queries], shape, sinks)
         return out

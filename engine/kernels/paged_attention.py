@@ -1,8 +1,8 @@
-"""Paged attention in Triton, for steps that mix decodes and prefill chunks of many sequences.
+"""Paged attention of prefill chunks in Triton, and keys and values into the pool.
 
 Online softmax over tiles of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). The query heads that share a KV
-head are rows of the same tile, so a key is loaded once for all of them. Decodes may split their keys over several programs, whose partial
-results are merged afterwards (flash-decoding). Loads are masked before anything is multiplied: what was never written cannot matter.
+head are rows of the same tile, so a key is loaded once for all of them. Loads are masked before anything is multiplied: what was never
+written cannot matter.
 
 Pool: keys `[blocks, kv_heads, block_size, head_dim]`, values alike. Query tokens lie one after another: row r's are `firsts[r]` on, at
 positions `starts[r]` on of its sequence, whose blocks are `table[slots[r]]`. All of these are int64, but `table`, which is int32.
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_SPLITS = 32  # programs among which the keys of one decode may be split
+from penstock.engine.attention.base import LayerShape
+from penstock.engine.kernels.decode_attention import padded_dim
 
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
@@ -30,35 +31,28 @@ def _write_rows(  # type: ignore[no-untyped-def]
     head = tl.program_id(1)
     d = tl.arange(0, DIM)
     inside = token < tokens
-    mask = inside[:, None] & (d < dim)[None, :]
-    place = tl.load(places + token, mask=inside, other=0)
+    place = tl.load(places + token, mask=inside, other=-1)
+    mask = (place >= 0)[:, None] & (d < dim)[None, :]
     line = (place // SIZE * heads + head) * SIZE + place % SIZE
     x = tl.load(new + token.to(tl.int64)[:, None] * new_token + head * new_head + d[None, :], mask=mask)
     tl.store(pool + line[:, None] * dim + d[None, :], x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["split_size", "splits"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend_tile(  # type: ignore[no-untyped-def]
     q, keys, values, out, sinks, slots, starts, firsts, tile_rows, tile_offsets, table, columns,
-    q_token, q_head, heads, kv_heads, dim, value_dim, scaling, softcap, window, split_size, splits, part_out, part_max, part_sum,
+    q_token, q_head, heads, kv_heads, dim, value_dim, scaling, softcap, window,
     SHARED: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One program: up to QUERIES tokens of one row, for the SHARED query heads of one KV head; for a decode, over one split of the keys."""
+    """One program: up to QUERIES tokens of one row, for the SHARED query heads of one KV head."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    if DECODE:
-        row = tile
-        start = tl.load(starts + row).to(tl.int32)
-        first = tl.load(firsts + row)
-        last = start
-    else:
-        row = tl.load(tile_rows + tile)
-        offset = tl.load(tile_offsets + tile).to(tl.int32)
-        start = tl.load(starts + row).to(tl.int32) + offset
-        first = tl.load(firsts + row) + offset
-        last = tl.minimum(start + QUERIES, (tl.load(firsts + row + 1) - first).to(tl.int32) + start) - 1
+    row = tl.load(tile_rows + tile)
+    offset = tl.load(tile_offsets + tile).to(tl.int32)
+    start = tl.load(starts + row).to(tl.int32) + offset
+    first = tl.load(firsts + row) + offset
+    last = tl.minimum(start + QUERIES, (tl.load(firsts + row + 1) - first).to(tl.int32) + start) - 1
     slot = tl.load(slots + row)
 
     m = tl.arange(0, ROWS)
@@ -76,9 +70,6 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     if WINDOW:
         low = tl.maximum(start - window + 1, 0) // SIZE * SIZE
     high = last + 1
-    if SPLIT:
-        low = low + tl.program_id(2) * split_size
-        high = tl.minimum(low + split_size, high)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -105,137 +96,68 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         best = higher
 
-    columns_mask = valid[:, None] & (e < value_dim)[None, :]
-    if SPLIT:
-        part = (token * heads + head) * splits + tl.program_id(2)
-        tl.store(part_out + part[:, None] * value_dim + e[None, :], acc, mask=columns_mask)
-        tl.store(part_max + part, best, mask=valid)
-        tl.store(part_sum + part, total, mask=valid)
-    else:
-        if SINKS:
-            sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
-            higher = tl.maximum(best, sink)
-            total = total * tl.exp2(best - higher) + tl.exp2(sink - higher)
-            acc = acc * tl.exp2(best - higher)[:, None]
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        place = (token * heads + head)[:, None] * value_dim + e[None, :]
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=columns_mask)
-
-
-@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
-def _merge_splits(  # type: ignore[no-untyped-def]
-    part_out, part_max, part_sum, out, sinks, heads, value_dim, splits,
-    SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
-    """One program: the splits of one decode and head."""
-    place = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
-    s = tl.arange(0, SPLITS)
-    e = tl.arange(0, VALUE_DIM)
-    there = s < splits
-    best = tl.load(part_max + place * splits + s, mask=there, other=float("-inf"))
-    total = tl.load(part_sum + place * splits + s, mask=there, other=0.0)
-    parts = tl.load(
-        part_out + (place * splits + s)[:, None] * value_dim + e[None, :], mask=there[:, None] & (e < value_dim)[None, :], other=0.0
-    )
-    highest = tl.max(best, 0)
     if SINKS:
-        sink = tl.load(sinks + tl.program_id(1)).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(highest, sink)
-    weight = tl.exp2(best - highest)
-    whole = tl.sum(total * weight, 0)
-    if SINKS:
-        whole = whole + tl.exp2(sink - highest)
-    merged = tl.sum(parts * weight[:, None], 0) / whole
-    tl.store(out + place * value_dim + e, merged.to(out.dtype.element_ty), mask=e < value_dim)
+        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+        higher = tl.maximum(best, sink)
+        total = total * tl.exp2(best - higher) + tl.exp2(sink - higher)
+        acc = acc * tl.exp2(best - higher)[:, None]
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    place = (token * heads + head)[:, None] * value_dim + e[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=valid[:, None] & (e < value_dim)[None, :])
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of one launch. `tile_rows` and `tile_offsets` (in tokens from the row's first) say which queries each tile of a prefill
-    holds; for decodes, a row each, they are None. `longest` is the most keys that a decode sees."""
+class Chunks:
+    """The prefill chunks of a launch, cut into tiles: `tile_rows` and `tile_offsets` (in tokens from the row's first) say which queries
+    each holds."""
 
     slots: Tensor
     starts: Tensor
     firsts: Tensor
     table: Tensor
-    rows: int
-    longest: int = 0
-    tile_rows: Tensor | None = None
-    tile_offsets: Tensor | None = None
+    tile_rows: Tensor
+    tile_offsets: Tensor
 
 
 def write_rows(new: Tensor, pool: Tensor, places: Tensor) -> None:
-    """Keys or values of new tokens `[tokens, kv_heads, dim]` to `places` int64 `[tokens]`, counted in tokens from the start of the pool."""
+    """Keys or values of new tokens `[tokens, kv_heads, dim]` to `places` int64 `[tokens]`, counted in tokens from the start of the pool;
+    below 0: nowhere."""
     tokens, heads, dim = new.shape
     if new.stride(2) != 1:
         new = new.contiguous()
     block = 16
     _write_rows[(triton.cdiv(tokens, block), heads)](
         new, pool, places, tokens, new.stride(0), new.stride(1), heads, dim,
-        SIZE=pool.shape[2], TOKENS=block, DIM=_padded(dim), num_warps=4,
+        SIZE=pool.shape[2], TOKENS=block, DIM=padded_dim(dim), num_warps=4,
     )  # fmt: skip
 
 
 def queries_in_tile(shared: int, head_dim: int, dtype: torch.dtype) -> int:
     """How many tokens of a prefill chunk a tile holds, for `shared` query heads on a KV head."""
-    return _prefill_rows(shared, head_dim, dtype) // shared
+    return _tile_rows(shared, head_dim, dtype) // shared
 
 
-def attend_rows(
-    q: Tensor, keys: Tensor, values: Tensor, out: Tensor, rows: Rows, *,
-    scaling: float, softcap: float | None, window: int | None, sinks: Tensor | None, processors: int,
-) -> None:  # fmt: skip
-    """Attend with `q` `[tokens, heads, head_dim]` into `out` `[tokens, heads, value_dim]`, contiguous: only the tokens of `rows`.
+def attend_chunks(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, chunks: Chunks, shape: LayerShape, sinks: Tensor | None) -> None:
+    """Attend with `q` `[tokens, heads, head_dim]` into `out` `[tokens, heads, value_dim]`, contiguous: only the tokens of `chunks`.
 
-    Any head dimension up to 256, float32, float16 or bfloat16. `processors` is the device's number of multiprocessors: decodes too few
-    to fill it are split.
+    Any head dimension up to 256, float32, float16 or bfloat16.
     """
-    heads, dim = q.shape[1:]
-    kv_heads, size = keys.shape[1:3]
-    value_dim = values.shape[3]
+    heads, kv_heads, dim, value_dim = shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim
     shared = heads // kv_heads
-    decode = rows.tile_rows is None
-    wide = q.dtype == torch.float32
-    splits, split_size = 1, 0
-    if decode:
-        block_rows, block_keys, warps, stages = _padded(shared), 32 if wide or _padded(dim) > 128 else 64, 4, 2
-        seen = min(rows.longest, window + size) if window is not None else rows.longest
-        splits = min(MOST_SPLITS, triton.cdiv(2 * processors, rows.rows * kv_heads), triton.cdiv(seen, 256))
-        split_size = triton.cdiv(triton.cdiv(seen, splits), block_keys) * block_keys
-        splits = triton.cdiv(seen, split_size)
-        queries = 1
-    else:
-        block_rows = _prefill_rows(shared, dim, q.dtype)
-        block_keys = 32 if wide or _padded(dim) > 128 else 64
-        warps, stages = 8 if block_rows >= 128 else 4, 2
-        queries = block_rows // shared
-    shape = (len(q), heads, splits)
-    parts = [q.new_empty((*shape, value_dim), dtype=torch.float32)] if splits > 1 else [out]
-    parts += [q.new_empty(shape, dtype=torch.float32) for _ in range(2)] if splits > 1 else [out, out]
-    sink_values = sinks if sinks is not None else out
-    grid = (rows.rows, kv_heads, splits)
-    _attend_tile[grid](
-        q, keys, values, out, sink_values, rows.slots, rows.starts, rows.firsts,
-        rows.firsts if rows.tile_rows is None else rows.tile_rows, rows.firsts if rows.tile_offsets is None else rows.tile_offsets,
-        rows.table, rows.table.shape[1], q.stride(0), q.stride(1), heads, kv_heads, dim, value_dim,
-        scaling, softcap or 0.0, window or 0, split_size, splits, *parts,
-        SHARED=shared, QUERIES=queries, ROWS=block_rows, KEYS=block_keys, SIZE=size, DIM=_padded(dim), VALUE_DIM=_padded(value_dim),
-        DECODE=decode, SPLIT=splits > 1, SOFTCAP=softcap is not None, WINDOW=window is not None, SINKS=sinks is not None,
-        num_warps=warps, num_stages=stages,
+    padded, padded_value = padded_dim(dim), padded_dim(value_dim)
+    block_rows = _tile_rows(shared, dim, q.dtype)
+    _attend_tile[(len(chunks.tile_rows), kv_heads)](
+        q, keys, values, out, out if sinks is None else sinks, chunks.slots, chunks.starts, chunks.firsts, chunks.tile_rows,
+        chunks.tile_offsets, chunks.table, chunks.table.shape[1], q.stride(0), q.stride(1), heads, kv_heads, dim, value_dim,
+        shape.scaling, shape.softcap or 0.0, shape.window or 0,
+        SHARED=shared, QUERIES=block_rows // shared, ROWS=block_rows, KEYS=32 if q.dtype == torch.float32 or padded > 128 else 64,
+        SIZE=keys.shape[2], DIM=padded, VALUE_DIM=padded_value,
+        SOFTCAP=shape.softcap is not None, WINDOW=shape.window is not None, SINKS=sinks is not None,
+        num_warps=8 if block_rows >= 128 else 4, num_stages=2,
     )  # fmt: skip
-    if splits > 1:
-        _merge_splits[(rows.rows, heads)](
-            *parts, out, sink_values, heads, value_dim, splits,
-            SPLITS=MOST_SPLITS, VALUE_DIM=_padded(value_dim), SINKS=sinks is not None, num_warps=4,
-        )  # fmt: skip
 
 
-def _padded(dim: int) -> int:
-    """A power of two, and at least what a matrix instruction takes."""
-    return max(16, int(triton.next_power_of_2(dim)))
-
-
-def _prefill_rows(shared: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Rows of a prefill tile, so that it fits shared memory and registers."""
-    rows = 128 if dtype != torch.float32 and _padded(head_dim) <= 128 else 32 if dtype == torch.float32 else 64
-    return max(rows, _padded(shared))
+def _tile_rows(shared: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Rows of a tile, a query and head each, so that it fits shared memory and registers."""
+    rows = 128 if dtype != torch.float32 and padded_dim(head_dim) <= 128 else 32 if dtype == torch.float32 else 64
+    return max(rows, padded_dim(shared))

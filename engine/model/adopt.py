@@ -71,10 +71,10 @@ class AdoptedModel:
         for site in self.sites:
             del site.paged
 
-    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor | None, *, keep: bool = False) -> Tensor:
         if self.body is not None:
             self.body.keep = keep
-        return self._run(ids, positions, rows)
+        return self._run(ids, positions, 0 if rows is None else rows)
 
     def more(self, rows: Tensor) -> Tensor:
         if self.body is None or self.body.kept is None:
@@ -85,7 +85,7 @@ class AdoptedModel:
         finally:
             self.body.replay = False
 
-    def _run(self, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, rows: Tensor | int) -> Tensor:
         out = self.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
         logits: Tensor = out.logits[0]
         return logits

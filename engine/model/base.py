@@ -26,9 +26,9 @@ class Model(Protocol):
         """Let go of pool and backend."""
         ...
 
-    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
-        """One step. `ids` and `positions` int64 `[tokens]`; `rows` int64 `[n]`: the tokens whose logits are asked for. Returns logits
-        `[n, vocab_size]` after all that the family does to them. `keep`: `more` will be called."""
+    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor | None, *, keep: bool = False) -> Tensor:
+        """One step. `ids` and `positions` int64 `[tokens]`; `rows` int64 `[n]`: the tokens whose logits are asked for, None: all of them.
+        Returns logits `[n, vocab_size]` after all that the family does to them. `keep`: `more` will be called."""
         ...
 
     def more(self, rows: Tensor) -> Tensor:

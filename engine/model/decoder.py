@@ -38,7 +38,7 @@ class Decoder:
     rotaries: tuple[Rotary, ...]  # of each layer
     vocab_size: int
     epsilon: float
-    activation: Callable[[Tensor], Tensor]
+    activation: str  # one of `ACTIVATIONS`
     embedding_scale: float | None
     final_softcap: float | None
     unit_norms: bool  # norms keep their weights less one
@@ -48,8 +48,8 @@ def read_decoder(config: PreTrainedConfig, device: torch.device) -> Decoder | No
     """The decoder that a config of transformers describes; None if it is none of `FAMILIES`, or says what is not known here."""
     family, count = config.model_type, config.num_hidden_layers
     capped = family in CAPPED
-    activation = ACTIVATIONS.get(getattr(config, "hidden_activation" if capped else "hidden_act", None) or "")
-    if family not in FAMILIES or activation is None or getattr(config, "use_bidirectional_attention", False):
+    activation = getattr(config, "hidden_activation" if capped else "hidden_act", None)
+    if family not in FAMILIES or activation not in ACTIVATIONS or getattr(config, "use_bidirectional_attention", False):
         return None
     types: list[str | None] = list(config.layer_types) if family in SLIDING_BY_TYPE else [None] * count
     windows = [getattr(config, "sliding_window", None) if family in SLIDING or kind == "sliding_attention" else None for kind in types]

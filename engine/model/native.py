@@ -9,23 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape
+from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape, can_fuse
 from penstock.engine.model.decoder import Decoder
+from penstock.engine.model.glue import FusedGlue, Glue, PlainGlue
 from penstock.engine.model.linear import Linear
 from penstock.engine.model.norm import Norm, head_norm
-from penstock.engine.model.rotary import Rotary, rotate
+from penstock.engine.model.rotary import Rotary
 from penstock.engine.model.spec import ModelError
 
 Weights = dict[str, Tensor]  # by the names of transformers' `ForCausalLM`; what is used is taken out
-Turns = dict[Rotary, tuple[Tensor, Tensor]]
 
 
 class Layer:
     """One decoder layer: attention and feed-forward, each added to what came in."""
 
     def __init__(self, weights: Weights, name: str, shape: LayerShape, rotary: Rotary, decoder: Decoder) -> None:
-        self.shape, self.rotary, self.activation = shape, rotary, decoder.activation
-        self.rotated = shape.heads + shape.kv_heads
+        self.rotary = rotary
         self.paged: LayerAttention | None = None
 
         def norm(part: str) -> Norm | None:
@@ -41,31 +40,19 @@ class Layer:
         self.out = _fused(weights, f"{name}.self_attn", ("o_proj",))
         self.gate_up = _fused(weights, f"{name}.mlp", ("gate_up_proj",), ("gate_proj", "up_proj"))
         self.down = _fused(weights, f"{name}.mlp", ("down_proj",))
-        self.width = self.gate_up.out_features // 2
 
-    def __call__(self, h: Tensor, turns: Turns, rows: Tensor | None) -> Tensor:
-        """h `[tokens, hidden]` to the same. With `rows`, only those tokens go on after their keys and values are written."""
-        x = h if self.before_attention is None else self.before_attention(h)
-        x = self._attend(x, turns)
-        if rows is not None:
-            h, x = h.index_select(0, rows), x.index_select(0, rows)
-        x = self.out(x)
-        h = h + (x if self.after_attention is None else self.after_attention(x))
-        x = self.gate_up(h if self.before_mlp is None else self.before_mlp(h))
-        x = self.down(self.activation(x[:, : self.width]) * x[:, self.width :])
-        return h + (x if self.after_mlp is None else self.after_mlp(x))
-
-    def _attend(self, x: Tensor, turns: Turns) -> Tensor:
+    def __call__(self, h: Tensor, x: Tensor | None, after: Norm | None, glue: Glue, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h and x `[tokens, hidden]`: what came in, and what the layer before has still to add to it, by way of its norm `after`. Returns
+        the same two of this layer. With `rows`, only those tokens go on after their keys and values are written."""
         paged = self.paged
         if paged is None:
             raise RuntimeError("the model is not attached to a KV pool")
-        heads = self.qkv(x).view(len(x), -1, self.shape.head_dim)
-        turning = heads[:, : self.rotated]
-        if self.norm_heads is not None:
-            turning = self.norm_heads(turning)
-        turned = rotate(turning, *turns[self.rotary])
-        q, k, v = turned[:, : self.shape.heads], turned[:, self.shape.heads :], heads[:, self.rotated :]
-        return paged.backend.attend(paged, q, k, v, None).flatten(1)
+        h, y = glue.join(h, x, after, self.before_attention)
+        y = glue.attend(paged, self.qkv(y), self.norm_heads, self.rotary)
+        if rows is not None:
+            h, y = h.index_select(0, rows), y.index_select(0, rows)
+        h, y = glue.join(h, self.out(y), self.after_attention, self.before_mlp)
+        return h, self.down(glue.gate(self.gate_up(y)))
 
 
 class NativeModel:
@@ -96,8 +83,11 @@ class NativeModel:
         scale = decoder.embedding_scale
         self.scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=self.device)
         self.kept: Tensor | None = None
+        self.glue: Glue = PlainGlue(decoder.rotaries, decoder.activation, self.dtype)
 
     def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
+        rotaries, activation = self.decoder.rotaries, self.decoder.activation
+        self.glue = FusedGlue(rotaries, activation, backend) if can_fuse(backend) else PlainGlue(rotaries, activation, self.dtype)
         for block, shape, (keys, values) in zip(self.blocks, self.layers, pool.layers, strict=True):
             block.paged = LayerAttention(shape, keys, values, backend)
 
@@ -105,24 +95,30 @@ class NativeModel:
         for block in self.blocks:
             block.paged = None
 
-    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, *, keep: bool = False) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor | None, *, keep: bool = False) -> Tensor:
         h = self.embedding.index_select(0, ids)
         if self.scale is not None:
             h = h * self.scale
-        turns = {rotary: rotary.at(positions, self.dtype) for rotary in set(self.decoder.rotaries)}
-        last = self.blocks[-1]
+        glue, last = self.glue, self.blocks[-1]
+        glue.begin(positions)
+        x: Tensor | None = None
+        after: Norm | None = None
         for block in self.blocks:
-            h = block(h, turns, rows if block is last and not keep else None)
-        self.kept = h if keep else None
-        return self._logits(h.index_select(0, rows) if keep else h)
+            h, x = block(h, x, after, glue, rows if block is last and not keep else None)
+            after = block.after_mlp
+        if keep:
+            kept = self.kept = glue.join(h, x, after, None)[0]
+            return self._logits(self.norm(kept if rows is None else kept.index_select(0, rows)))
+        self.kept = None
+        return self._logits(glue.join(h, x, after, self.norm)[1])
 
     def more(self, rows: Tensor) -> Tensor:
         if self.kept is None:
             raise RuntimeError("the last step was not kept")
-        return self._logits(self.kept.index_select(0, rows))
+        return self._logits(self.norm(self.kept.index_select(0, rows)))
 
-    def _logits(self, h: Tensor) -> Tensor:
-        logits = self.head(self.norm(h))
+    def _logits(self, y: Tensor) -> Tensor:
+        logits = self.head(y)
         cap = self.decoder.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -30,6 +30,11 @@ class Rotary:
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         return torch.cat((cos, cos), -1).to(dtype)[:, None], torch.cat((-sin, sin), -1).to(dtype)[:, None]
 
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles at each position below `length`, float32 `[length, pairs]`, scaled."""
+        angles = torch.arange(length, device=self.frequencies.device).float()[:, None] * self.frequencies
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first dimensions of x `[tokens, heads, dim]`; a pair lies half of them apart."""

@@ -91,7 +91,7 @@ def test_decodes_alone_split_their_keys_and_merge_them_exactly() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [50, 4096, 9001])
 def test_the_fused_draw_gives_the_ids_of_the_plain_one(vocab_size: int, dtype: torch.dtype) -> None:
-    from penstock.engine.kernels.sample import draw_rows
+    from penstock.engine.kernels.sample import sample_rows
 
     rows = 7
     logits = (torch.randn(rows, vocab_size) * 3).to(dtype)
@@ -100,18 +100,106 @@ def test_the_fused_draw_gives_the_ids_of_the_plain_one(vocab_size: int, dtype: t
     temperature = torch.rand(rows) + 0.2
     keys = torch.from_numpy(noise_keys(np.arange(rows), np.arange(rows)))
     expected = draw(logits.float() / temperature[:, None], keys, id_steps(vocab_size, torch.device("cpu")))
-    got = draw_rows(logits.to(DEVICE), temperature.to(DEVICE), keys.to(DEVICE))
+    got = sample_rows(logits.to(DEVICE), temperature.to(DEVICE), keys.to(DEVICE))
     assert got.tolist() == expected.tolist()
 
 
 @here
 def test_a_row_that_excludes_everything_still_gives_an_id_of_the_vocabulary() -> None:
-    from penstock.engine.kernels.sample import draw_rows
+    from penstock.engine.kernels.sample import sample_rows
 
     logits = torch.full((2, 5000), float("-inf"), device=DEVICE)
     logits[1] = float("nan")
-    ids = draw_rows(logits, torch.ones(2, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE))
+    ids = sample_rows(logits, torch.ones(2, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE))
     assert ((ids >= 0) & (ids < 5000)).all()
+
+
+@here
+def test_rows_that_draw_and_rows_that_do_not_are_sampled_together_and_remembered_by_slot() -> None:
+    from penstock.engine.kernels.sample import sample_rows
+
+    logits = torch.randn(5, 9001)
+    logits[3, [70, 5000]] = 9.0  # of equal ones the lowest
+    temperature = torch.tensor([0.0, 0.7, 0.0, 0.0, 1.3])
+    keys = torch.from_numpy(noise_keys(np.arange(5), np.arange(5)))
+    drawn = draw(logits / temperature.clamp(min=1e-9)[:, None], keys, id_steps(9001, torch.device("cpu")))
+    expected = torch.where(temperature > 0, drawn, logits.argmax(1))
+    expected[3] = 70
+    last, slots = torch.full((8,), -1, device=DEVICE), torch.tensor([6, 0, 3, 7, 1], device=DEVICE)
+    ids = sample_rows(logits.to(DEVICE), temperature.to(DEVICE), keys.to(DEVICE), last, slots)
+    assert ids.tolist() == expected.tolist()
+    assert last[slots].tolist() == expected.tolist()
+    assert last[[2, 4, 5]].tolist() == [-1, -1, -1]
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("add", "after", "before"), [(1, 0, 1), (1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 1), (0, 0, 0)])
+def test_a_sublayers_output_joins_the_stream(dtype: torch.dtype, add: int, after: int, before: int) -> None:
+    from penstock.engine.kernels.residual import join_rows
+
+    h, x = (torch.randn(5, 2 * 200).to(dtype)[:, :200] for _ in range(2))  # rows that do not lie together
+    first, second = torch.randn(200).to(dtype), torch.randn(200)  # weights of the stream's dtype, and in float32
+    sums = h.double() + (rms(x.double(), first.double()) if after else x.double()) if add else h.double()
+    normed = rms(sums, second.double()) if before else sums
+    given = [one.to(DEVICE) if there else None for one, there in ((x, add), (first, after), (second, before))]
+    got = join_rows(h.to(DEVICE), *given, 1e-6)
+    for one, expected in zip(got, (sums, normed), strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double().cpu(), expected, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_the_gate_of_a_feed_forward(activation: str, dtype: torch.dtype) -> None:
+    from penstock.engine.kernels.gate import gate_rows
+    from penstock.engine.model.decoder import ACTIVATIONS
+
+    x = (torch.randn(3, 2 * 1100) * 4).to(dtype)
+    expected = ACTIVATIONS[activation](x.double()[:, :1100]) * x.double()[:, 1100:]
+    torch.testing.assert_close(
+        gate_rows(x.to(DEVICE), activation).double().cpu(), expected, atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "pairs", "norm"), [(64, 32, True), (64, 32, False), (48, 12, True), (20, 10, False)])
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_heads_are_normed_turned_and_written(tokens: int, dim: int, pairs: int, norm: bool, dtype: torch.dtype) -> None:
+    from penstock.engine.kernels.heads import turn_heads
+
+    heads, kv_heads, size = 4, 2, 16
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
+    weights = torch.randn(heads + kv_heads, dim) if norm else None
+    positions = torch.randint(0, 500, (tokens,))
+    angles = torch.arange(500).double()[:, None] * 0.7 ** torch.arange(pairs)
+    places = torch.randperm(8 * size)[:tokens]
+    places[1] = -1
+    keys, values = (torch.full((8, kv_heads, size, dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    q = turn_heads(
+        qkv.to(DEVICE), None if weights is None else weights.to(DEVICE), 1e-6, angles.cos().float().to(DEVICE),
+        angles.sin().float().to(DEVICE), positions.to(DEVICE), places.to(DEVICE), keys, values,
+    )  # fmt: skip
+    exact = qkv.double().view(tokens, -1, dim)
+    turning = exact[:, : heads + kv_heads]
+    if weights is not None:
+        turning = rms(turning, weights.double())
+    first, second, rest = turning.split((pairs, pairs, dim - 2 * pairs), -1)
+    cos, sin = angles[positions].cos()[:, None], angles[positions].sin()[:, None]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+    near = {"atol": 4 * TOLERANCE[dtype], "rtol": 2 * TOLERANCE[dtype]}
+    torch.testing.assert_close(q.double().cpu(), turned[:, :heads], **near)
+    for pool, expected in ((keys, turned[:, heads:]), (values, exact[:, heads + kv_heads :])):
+        lines = pool.cpu().double().transpose(1, 2).reshape(-1, kv_heads, dim)
+        written = places >= 0
+        torch.testing.assert_close(lines[places[written]], expected[written], **near)
+        assert int((~lines.isnan()).any(-1).any(-1).sum()) == tokens - 1
 
 
 @here

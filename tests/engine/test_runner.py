@@ -15,6 +15,7 @@ from penstock.engine.mock import MockRunner
 from penstock.engine.model.adopt import AdoptedModel
 from penstock.engine.model.spec import ModelError
 from penstock.engine.plan import StepPlan
+from penstock.engine.rehearsal import run_worst_case, warm_up
 from penstock.engine.request import Sampler
 from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
@@ -159,8 +160,8 @@ def test_a_step_that_fails_comes_back_as_a_result_that_says_why(model: AdoptedMo
 def test_warming_up_and_the_worst_case_leave_nothing_behind(model: AdoptedModel) -> None:
     expected = serve(model, [request(0, PROMPTS[1], 20)])[0].ids
     runner = make_runner(model)
-    runner.warm_up()
-    runner.run_worst_case(100)
+    warm_up(runner)
+    run_worst_case(runner, 100)
     config = SchedulerConfig(slots=8, blocks=64, token_budget=64, max_model_len=256)
     assert run(runner, config, [[request(0, PROMPTS[1], 20)]])[0].ids == expected
 

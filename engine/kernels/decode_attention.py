@@ -1,0 +1,163 @@
+"""Paged attention of decodes in Triton: one query a row, whose keys are split among programs where rows alone do not fill the device.
+
+Online softmax over tiles of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). The query heads that share a KV
+head are rows of the same tile, so a key is loaded once for all of them. The program of a row that ends last merges the splits
+(flash-decoding), so there is no second launch. How long a row is is read on the device: a launch fits any lengths, and a CUDA graph too.
+
+Pool: keys `[blocks, kv_heads, block_size, dim]`, values alike. Row r's query is at position `starts[r]` of its sequence, whose blocks are
+`table[slots[r]]`. `slots` and `starts` are int64, `table` is int32. Loads are masked: what was never written cannot matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.engine.attention.base import LayerShape
+
+MOST_SPLITS = 32  # programs among which the keys of one decode may be split
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
+def _decode(  # type: ignore[no-untyped-def]
+    q, keys, values, out, sinks, slots, starts, table, columns, q_token, q_head, scaling, softcap, window,
+    splits, part_out, part_max, part_sum, tickets,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
+    SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """One program: the SHARED query heads of one KV head of one row, over one split of the keys."""
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2)
+    position = tl.load(starts + row).to(tl.int32)
+    slot = tl.load(slots + row)
+    m = tl.arange(0, ROWS)
+    head = kv_head * SHARED + m % SHARED
+    valid = m < SHARED
+    d = tl.arange(0, PADDED_DIM)
+    e = tl.arange(0, PADDED_VALUE_DIM)
+    queries = tl.load(
+        q + row.to(tl.int64) * q_token + head[:, None] * q_head + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0
+    )
+
+    low = 0
+    if WINDOW:
+        low = tl.maximum(position - window + 1, 0) // SIZE * SIZE
+    high = position + 1
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
+        low = low + split * share
+        high = tl.minimum(low + share, high)
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
+    for at in range(low, high, KEYS):
+        n = at + tl.arange(0, KEYS)
+        inside = n < high
+        block = tl.load(table + slot * columns + n // SIZE, mask=inside, other=0).to(tl.int64)
+        line = (block * KV_HEADS + kv_head) * SIZE + n % SIZE
+        k = tl.load(keys + line[None, :] * DIM + d[:, None], mask=inside[None, :] & (d < DIM)[:, None], other=0.0)
+        v = tl.load(values + line[:, None] * VALUE_DIM + e[None, :], mask=inside[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
+        scores = tl.dot(queries, k, input_precision="ieee") * scaling
+        if SOFTCAP:
+            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+        seen = inside
+        if WINDOW:
+            seen = seen & (n > position - window)
+        scores = tl.where(seen[None, :], scores * LOG2_E, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(best - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        best = higher
+
+    mine = valid[:, None] & (e < VALUE_DIM)[None, :]
+    line_of = row.to(tl.int64) * HEADS + head
+    done = True
+    if SPLIT:
+        part = line_of * splits + split
+        tl.store(part_out + part[:, None] * VALUE_DIM + e[None, :], acc, mask=mine)
+        tl.store(part_max + part, best, mask=valid)
+        tl.store(part_sum + part, total, mask=valid)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        done = tl.atomic_add(tickets + row * KV_HEADS + kv_head, 1, sem="acq_rel", scope="gpu") == splits - 1
+        if done:
+            tl.debug_barrier()
+            tl.store(tickets + row * KV_HEADS + kv_head, 0)  # for the next launch
+            best = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
+            for one in range(splits):
+                part = line_of * splits + one
+                other = tl.load(part_max + part, mask=valid, other=float("-inf"), cache_modifier=".cg")
+                higher = tl.maximum(best, other)
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                weight = tl.exp2(other - base)
+                shrink = tl.exp2(best - base)
+                total = total * shrink + weight * tl.load(part_sum + part, mask=valid, other=0.0, cache_modifier=".cg")
+                more = tl.load(part_out + part[:, None] * VALUE_DIM + e[None, :], mask=mine, other=0.0, cache_modifier=".cg")
+                acc = acc * shrink[:, None] + more * weight[:, None]
+                best = higher
+    if done:
+        if SINKS:
+            sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+            higher = tl.maximum(best, sink)
+            total = total * tl.exp2(best - higher) + tl.exp2(sink - higher)
+            acc = acc * tl.exp2(best - higher)[:, None]
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + line_of[:, None] * VALUE_DIM + e[None, :], acc.to(out.dtype.element_ty), mask=mine)
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """The decodes of a launch. `splits` is among how many programs the keys of each are split."""
+
+    slots: Tensor
+    starts: Tensor
+    table: Tensor
+    rows: int
+    splits: int
+
+
+def splits_for(rows: int, kv_heads: int, processors: int, longest: int) -> int:
+    """How many splits fill a device of so many multiprocessors twice, where the longest row sees `longest` keys."""
+    return max(1, min(MOST_SPLITS, -(-2 * processors // (rows * kv_heads)), -(-longest // 128)))
+
+
+def attend_decodes(
+    q: Tensor, keys: Tensor, values: Tensor, out: Tensor, decodes: Decodes, tickets: Tensor, shape: LayerShape, sinks: Tensor | None
+) -> None:
+    """Attend with the first `decodes.rows` of q `[tokens, heads, head_dim]` into the same of out `[tokens, heads, value_dim]`, contiguous.
+
+    Any head dimension up to 256, float32, float16 or bfloat16. `tickets` are int32 zeros, at least `[rows * kv_heads]`, and zeros again
+    afterwards.
+    """
+    heads, kv_heads, dim, value_dim = shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim
+    splits, rows = decodes.splits, decodes.rows
+    padded, padded_value = padded_dim(dim), padded_dim(value_dim)
+    block_keys = 32 if q.dtype == torch.float32 or max(padded, padded_value) > 128 else 64
+    parts = [out, out, out]
+    if splits > 1:
+        parts = [q.new_empty((rows, heads, splits, *more), dtype=torch.float32) for more in ((value_dim,), (), ())]
+    _decode[(kv_heads, splits, rows)](
+        q, keys, values, out, out if sinks is None else sinks, decodes.slots, decodes.starts, decodes.table, decodes.table.shape[1],
+        q.stride(0), q.stride(1), shape.scaling, shape.softcap or 0.0, shape.window or 0, splits, *parts, tickets,
+        HEADS=heads, KV_HEADS=kv_heads, SHARED=heads // kv_heads, ROWS=padded_dim(heads // kv_heads), KEYS=block_keys, SIZE=keys.shape[2],
+        DIM=dim, PADDED_DIM=padded, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value,
+        SPLIT=splits > 1, SOFTCAP=shape.softcap is not None, WINDOW=shape.window is not None, SINKS=sinks is not None,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+def padded_dim(dim: int) -> int:
+    """A power of two, and at least what a matrix instruction takes."""
+    return max(16, int(triton.next_power_of_2(dim)))

@@ -1,0 +1,78 @@
+"""From a layer's fused query-key-value product to attention: norms of heads, rotary embedding, and keys and values into the pool."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS = 8  # of one head, that a program takes where there are many
+
+
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
+def _turn(  # type: ignore[no-untyped-def]
+    qkv, weights, cos, sin, positions, places, q, keys, values, tokens, qkv_row, epsilon,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
+    TOKENS: tl.constexpr, PADDED_DIM: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """One program: some tokens of one head of queries, keys or values."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    there = token < tokens
+    d = tl.arange(0, PADDED_DIM)
+    mask = there[:, None] & (d < DIM)[None, :]
+    source = qkv + token.to(tl.int64)[:, None] * qkv_row + head * DIM
+    x = tl.load(source + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    if head < HEADS + KV_HEADS:
+        # Each dimension beside the one that it is paired with, read again: it is in the cache, and needs no exchange between threads.
+        pair = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
+        turns = d < 2 * PAIRS
+        other = tl.load(source + pair[None, :], mask=mask & turns[None, :], other=0.0).to(tl.float32)
+        if NORM:
+            scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + epsilon)[:, None]
+            weight = weights + head * DIM
+            x = x * scale * tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+            other = other * scale * tl.load(weight + pair, mask=turns, other=0.0).to(tl.float32)[None, :]
+            x = x.to(q.dtype.element_ty).to(tl.float32)
+            other = other.to(q.dtype.element_ty).to(tl.float32)
+        position = tl.load(positions + token, mask=there, other=0)
+        angle = position[:, None] * PAIRS + (d % PAIRS)[None, :]
+        c = tl.load(cos + angle, mask=there[:, None] & turns[None, :], other=1.0)
+        s = tl.load(sin + angle, mask=there[:, None] & turns[None, :], other=0.0)
+        x = x * c + tl.where(d < PAIRS, -1.0, 1.0)[None, :] * other * s
+    if head < HEADS:
+        tl.store(q + (token.to(tl.int64)[:, None] * HEADS + head) * DIM + d[None, :], x.to(q.dtype.element_ty), mask=mask)
+    else:
+        place = tl.load(places + token, mask=there, other=-1)
+        mask = mask & (place >= 0)[:, None]
+        kv_head = (head - HEADS) % KV_HEADS
+        line = (place // SIZE * KV_HEADS + kv_head) * SIZE + place % SIZE
+        pool = keys
+        if head >= HEADS + KV_HEADS:
+            pool = values
+        tl.store(pool + line[:, None] * DIM + d[None, :], x.to(pool.dtype.element_ty), mask=mask)
+
+
+def turn_heads(
+    qkv: Tensor, weights: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor, positions: Tensor, places: Tensor, keys: Tensor,
+    values: Tensor,
+) -> Tensor:  # fmt: skip
+    """Norm and turn queries and keys, write keys and values to the pool, return the queries `[tokens, heads, dim]`.
+
+    qkv `[tokens, (heads + 2 * kv_heads) * dim]`: queries, keys, values. `weights` `[heads + kv_heads, dim]` of an RMSNorm over each
+    head, or None. cos and sin float32 `[positions, pairs]` of the first `2 * pairs` dimensions of a head, of which one and the one
+    `pairs` further on turn together. positions int64 `[tokens]`; places int64 `[tokens]`, counted in tokens from the start of the pool,
+    or below 0: then nothing is written. keys and values `[blocks, kv_heads, block_size, dim]`.
+    """
+    tokens = len(qkv)
+    _, kv_heads, size, dim = keys.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    q = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
+    block = 1 if tokens <= 64 else TOKENS
+    _turn[(triton.cdiv(tokens, block), heads + 2 * kv_heads)](
+        qkv, q if weights is None else weights, cos, sin, positions, places, q, keys, values, tokens, qkv.stride(0), epsilon,
+        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAIRS=cos.shape[1], SIZE=size, TOKENS=block,
+        PADDED_DIM=triton.next_power_of_2(dim), NORM=weights is not None, num_warps=1 if block == 1 else 4,
+    )  # fmt: skip
+    return q

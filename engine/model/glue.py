@@ -1,0 +1,100 @@
+"""What stands between the products of a decoder: norms, sums, rotary embedding, attention, activation. In torch's operations, or fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from penstock.engine.attention.base import LayerAttention
+from penstock.engine.model.decoder import ACTIVATIONS
+from penstock.engine.model.norm import HeadNorm, Norm, WidthNorm
+from penstock.engine.model.rotary import Rotary, rotate
+
+if TYPE_CHECKING:
+    from penstock.engine.attention.triton import TritonAttention
+
+
+class Glue(Protocol):
+    """`begin` runs once a step, the rest in each layer."""
+
+    def begin(self, positions: Tensor) -> None:
+        """A step of tokens at these positions, int64 `[tokens]`."""
+        ...
+
+    def join(self, h: Tensor, x: Tensor | None, after: Norm | None, before: Norm | None) -> tuple[Tensor, Tensor]:
+        """A sublayer's output x joins h, both `[tokens, hidden]`: the sum, with `after` applied to x, and `before` applied to the sum."""
+        ...
+
+    def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
+        """From `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads * dim]`; keys and values go to the pool."""
+        ...
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The activation of the first half of x `[tokens, 2 * width]` times the other half."""
+        ...
+
+
+class PlainGlue:
+    """In torch's operations, for any device and any backend of attention."""
+
+    def __init__(self, rotaries: Sequence[Rotary], activation: str, dtype: torch.dtype) -> None:
+        self.rotaries, self.activation, self.dtype = tuple(dict.fromkeys(rotaries)), ACTIVATIONS[activation], dtype
+        self.turns: dict[Rotary, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, positions: Tensor) -> None:
+        self.turns = {rotary: rotary.at(positions, self.dtype) for rotary in self.rotaries}
+
+    def join(self, h: Tensor, x: Tensor | None, after: Norm | None, before: Norm | None) -> tuple[Tensor, Tensor]:
+        if x is not None:
+            h = h + (x if after is None else after(x))
+        return h, h if before is None else before(h)
+
+    def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
+        shape = layer.shape
+        rotated = shape.heads + shape.kv_heads
+        heads = qkv.view(len(qkv), -1, shape.head_dim)
+        turning = heads[:, :rotated] if norm is None else norm(heads[:, :rotated])
+        turned = rotate(turning, *self.turns[rotary])
+        return layer.backend.attend(layer, turned[:, : shape.heads], turned[:, shape.heads :], heads[:, rotated:], None).flatten(1)
+
+    def gate(self, x: Tensor) -> Tensor:
+        width = x.shape[1] // 2
+        return self.activation(x[:, :width]) * x[:, width:]
+
+
+class FusedGlue:
+    """In one Triton kernel each, with what `backend` holds of the step."""
+
+    def __init__(self, rotaries: Sequence[Rotary], activation: str, backend: TritonAttention) -> None:
+        from penstock.engine.kernels import gate, heads, residual  # Triton comes with CUDA builds of torch only
+
+        self._join, self._gate, self._turn = residual.join_rows, gate.gate_rows, heads.turn_heads
+        self.activation, self.backend = activation, backend
+        self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
+        self.positions = backend.table
+
+    def begin(self, positions: Tensor) -> None:
+        self.positions = positions
+
+    def join(self, h: Tensor, x: Tensor | None, after: Norm | None, before: Norm | None) -> tuple[Tensor, Tensor]:
+        norm = before or after
+        epsilon = 0.0 if norm is None else norm.epsilon
+        return self._join(h, x, None if after is None else after.weight, None if before is None else before.weight, epsilon)
+
+    def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
+        shape = layer.shape
+        weight, epsilon = None, 0.0
+        if isinstance(norm, HeadNorm):
+            weight, epsilon = norm.weight, norm.epsilon
+        elif norm is not None:
+            rotated = (shape.heads + shape.kv_heads) * shape.head_dim
+            turning = norm(qkv[:, :rotated].view(len(qkv), -1, shape.head_dim))
+            qkv = torch.cat((turning.flatten(1), qkv[:, rotated:]), 1)
+        q = self._turn(qkv, weight, epsilon, *self.tables[rotary], self.positions, self.backend.places, layer.keys, layer.values)
+        return self.backend.attend_written(layer, q).flatten(1)
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self._gate(x, self.activation)
