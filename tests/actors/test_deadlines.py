@@ -15,6 +15,9 @@ from penstock.clients import Client
 from penstock.clients.launcher import Engine
 
 
+SOON = 8.0  # seconds; a part that does not move is only replaced after 30, and 20,000 tokens take minutes
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with Engine("tiny", executor="mock", mock_step=0.01, max_running=1, stall_timeout=30.0) as running:
@@ -46,7 +49,7 @@ def test_a_request_that_waits_in_the_queue_ends_in_time(engine: Engine, reason: 
         next(reader)
         reasons, seconds = ended(client, [1], **{reason: 0.3})
         assert reasons == [reason]
-        assert seconds < 1.5
+        assert seconds < SOON
 
 
 @pytest.mark.parametrize("reason", ["deadline", "queue_timeout"])
@@ -54,7 +57,7 @@ def test_a_request_that_is_being_tokenized_ends_with_the_same_reason(engine: Eng
     with Client(engine.address) as client, frozen(client, "tokenizer"):
         reasons, seconds = ended(client, "text", **{reason: 0.3})
         assert reasons == [reason]
-        assert seconds < 1.5
+        assert seconds < SOON
 
 
 @pytest.mark.parametrize("kind", ["executor", "scheduler", "detokenizer"])
@@ -62,7 +65,7 @@ def test_a_deadline_is_kept_while_a_part_does_not_move(engine: Engine, kind: str
     with Client(engine.address) as client, frozen(client, kind):
         reasons, seconds = ended(client, [1], [2], deadline=0.3)
         assert reasons == ["deadline", "deadline"]
-        assert seconds < 2.5
+        assert seconds < SOON
     with Client(engine.address) as client:
         assert len(client.generate([1], max_tokens=3, ignore_eos=True).ids) == 3
 
