@@ -29,7 +29,7 @@ def _decode(  # type: ignore[no-untyped-def]
     splits, part_out, part_max, part_sum, tickets,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One program: the SHARED query heads of one KV head of one row, over one split of the keys."""
     kv_head = tl.program_id(0)
@@ -81,40 +81,54 @@ def _decode(  # type: ignore[no-untyped-def]
         best = higher
 
     mine = valid[:, None] & (e < VALUE_DIM)[None, :]
-    line_of = row.to(tl.int64) * HEADS + head
-    done = True
     if SPLIT:
-        part = line_of * splits + split
+        part = (row.to(tl.int64) * HEADS + head) * splits + split
         tl.store(part_out + part[:, None] * VALUE_DIM + e[None, :], acc, mask=mine)
         tl.store(part_max + part, best, mask=valid)
         tl.store(part_sum + part, total, mask=valid)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        done = tl.atomic_add(tickets + row * KV_HEADS + kv_head, 1, sem="acq_rel", scope="gpu") == splits - 1
-        if done:
+        ticket = tickets + row * KV_HEADS + kv_head
+        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == splits - 1:
             tl.debug_barrier()
-            tl.store(tickets + row * KV_HEADS + kv_head, 0)  # for the next launch
-            best = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            acc = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
-            for one in range(splits):
-                part = line_of * splits + one
-                other = tl.load(part_max + part, mask=valid, other=float("-inf"), cache_modifier=".cg")
-                higher = tl.maximum(best, other)
-                base = tl.where(higher == float("-inf"), 0.0, higher)
-                weight = tl.exp2(other - base)
-                shrink = tl.exp2(best - base)
-                total = total * shrink + weight * tl.load(part_sum + part, mask=valid, other=0.0, cache_modifier=".cg")
-                more = tl.load(part_out + part[:, None] * VALUE_DIM + e[None, :], mask=mine, other=0.0, cache_modifier=".cg")
-                acc = acc * shrink[:, None] + more * weight[:, None]
-                best = higher
-    if done:
+            tl.store(ticket, 0)  # for the next launch
+            _merge(row.to(tl.int64) * HEADS + kv_head * SHARED, kv_head * SHARED, part_out, part_max, part_sum, out, sinks, splits,
+                   SHARED, VALUE_DIM, PADDED_VALUE_DIM, SPLITS, SINKS)  # fmt: skip
+    else:
         if SINKS:
             sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
             higher = tl.maximum(best, sink)
             total = total * tl.exp2(best - higher) + tl.exp2(sink - higher)
             acc = acc * tl.exp2(best - higher)[:, None]
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(out + line_of[:, None] * VALUE_DIM + e[None, :], acc.to(out.dtype.element_ty), mask=mine)
+        line = row.to(tl.int64) * HEADS + head
+        tl.store(out + line[:, None] * VALUE_DIM + e[None, :], acc.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merge(  # type: ignore[no-untyped-def]
+    first, first_head, part_out, part_max, part_sum, out, sinks, splits,
+    SHARED: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """The splits of SHARED heads, `first` and on. Others wrote them: what this multiprocessor's own cache has of them may be old."""
+    s = tl.arange(0, SPLITS)
+    e = tl.arange(0, PADDED_VALUE_DIM)
+    there = s < splits
+    for one in tl.static_range(SHARED):
+        part = (first + one) * splits + s
+        best = tl.load(part_max + part, mask=there, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(part_sum + part, mask=there, other=0.0, cache_modifier=".cg")
+        mask = there[:, None] & (e < VALUE_DIM)[None, :]
+        acc = tl.load(part_out + part[:, None] * VALUE_DIM + e[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        highest = tl.max(best, 0)
+        if SINKS:
+            sink = tl.load(sinks + first_head + one).to(tl.float32) * LOG2_E
+            highest = tl.maximum(highest, sink)
+        weight = tl.exp2(best - highest)
+        whole = tl.sum(total * weight, 0)
+        if SINKS:
+            whole += tl.exp2(sink - highest)
+        merged = tl.sum(acc * weight[:, None], 0) / whole
+        tl.store(out + (first + one) * VALUE_DIM + e, merged.to(out.dtype.element_ty), mask=e < VALUE_DIM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,28 +147,43 @@ def splits_for(rows: int, kv_heads: int, processors: int, longest: int) -> int:
     return max(1, min(MOST_SPLITS, -(-2 * processors // (rows * kv_heads)), -(-longest // 128)))
 
 
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a program goes through its keys."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_for(shape: LayerShape, dtype: torch.dtype, splits: int) -> Tile:
+    if dtype == torch.float32 or max(padded_dim(shape.head_dim), padded_dim(shape.value_dim)) > 128:
+        return Tile(32, 4, 2)
+    return Tile(64, 4, 3)
+
+
 def attend_decodes(
-    q: Tensor, keys: Tensor, values: Tensor, out: Tensor, decodes: Decodes, tickets: Tensor, shape: LayerShape, sinks: Tensor | None
-) -> None:
+    q: Tensor, keys: Tensor, values: Tensor, out: Tensor, decodes: Decodes, tickets: Tensor, shape: LayerShape, sinks: Tensor | None,
+    tile: Tile | None = None,
+) -> None:  # fmt: skip
     """Attend with the first `decodes.rows` of q `[tokens, heads, head_dim]` into the same of out `[tokens, heads, value_dim]`, contiguous.
 
     Any head dimension up to 256, float32, float16 or bfloat16. `tickets` are int32 zeros, at least `[rows * kv_heads]`, and zeros again
-    afterwards.
+    afterwards. `tile` is for measuring.
     """
     heads, kv_heads, dim, value_dim = shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim
     splits, rows = decodes.splits, decodes.rows
-    padded, padded_value = padded_dim(dim), padded_dim(value_dim)
-    block_keys = 32 if q.dtype == torch.float32 or max(padded, padded_value) > 128 else 64
+    tile = tile or tile_for(shape, q.dtype, splits)
     parts = [out, out, out]
     if splits > 1:
         parts = [q.new_empty((rows, heads, splits, *more), dtype=torch.float32) for more in ((value_dim,), (), ())]
     _decode[(kv_heads, splits, rows)](
         q, keys, values, out, out if sinks is None else sinks, decodes.slots, decodes.starts, decodes.table, decodes.table.shape[1],
         q.stride(0), q.stride(1), shape.scaling, shape.softcap or 0.0, shape.window or 0, splits, *parts, tickets,
-        HEADS=heads, KV_HEADS=kv_heads, SHARED=heads // kv_heads, ROWS=padded_dim(heads // kv_heads), KEYS=block_keys, SIZE=keys.shape[2],
-        DIM=dim, PADDED_DIM=padded, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value,
-        SPLIT=splits > 1, SOFTCAP=shape.softcap is not None, WINDOW=shape.window is not None, SINKS=sinks is not None,
-        num_warps=4, num_stages=3,
+        HEADS=heads, KV_HEADS=kv_heads, SHARED=heads // kv_heads, ROWS=padded_dim(heads // kv_heads), KEYS=tile.keys, SIZE=keys.shape[2],
+        DIM=dim, PADDED_DIM=padded_dim(dim), VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_dim(value_dim),
+        SPLIT=splits > 1, SPLITS=triton.next_power_of_2(splits), SOFTCAP=shape.softcap is not None, WINDOW=shape.window is not None,
+        SINKS=sinks is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -11,6 +11,18 @@ BLOCK = 1024
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def activate(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`ACTIVATIONS[KIND]` of a float32 block."""
+    if KIND == 0:
+        return x / (1.0 + tl.exp(-x))
+    elif KIND == 1:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))
+
+
 @triton.jit(do_not_specialize=["width"])  # type: ignore[untyped-decorator]
 def _gate(x, out, width, BLOCK: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: a block of one row."""
@@ -19,14 +31,7 @@ def _gate(x, out, width, BLOCK: tl.constexpr, KIND: tl.constexpr):  # type: igno
     inside = d < width
     gate = tl.load(x + row * 2 * width + d, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + d, mask=inside, other=0.0).to(tl.float32)
-    if KIND == 0:
-        gate = gate / (1.0 + tl.exp(-gate))
-    elif KIND == 1:
-        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        gate = gate * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))
-    tl.store(out + row * width + d, (gate * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + d, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=inside)
 
 
 def gate_rows(x: Tensor, activation: str) -> Tensor:

@@ -69,9 +69,10 @@ class FusedGlue:
     """In one Triton kernel each, with what `backend` holds of the step."""
 
     def __init__(self, rotaries: Sequence[Rotary], activation: str, backend: TritonAttention) -> None:
-        from penstock.engine.kernels import gate, heads, residual  # Triton comes with CUDA builds of torch only
+        from penstock.engine.kernels import few_rows, gate, heads, residual  # Triton comes with CUDA builds of torch only
 
         self._join, self._gate, self._turn = residual.join_rows, gate.gate_rows, heads.turn_heads
+        self.product, self.few = few_rows.multiply_few, few_rows.FEW
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
         self.positions = backend.table

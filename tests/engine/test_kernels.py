@@ -168,6 +168,31 @@ def test_the_gate_of_a_feed_forward(activation: str, dtype: torch.dtype) -> None
 
 
 @here
+@pytest.mark.parametrize("dtype", [one for one in DTYPES if one is not torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "norm", "add", "activation"), [(1, 0, 0, None), (5, 1, 0, None), (8, 0, 1, None), (3, 1, 0, "silu")])
+def test_a_product_of_a_few_rows_with_what_surrounds_it(
+    rows: int, norm: int, add: int, activation: str | None, bias: bool, dtype: torch.dtype
+) -> None:
+    from penstock.engine.kernels.few_rows import multiply_few
+    from penstock.engine.model.decoder import ACTIVATIONS
+    from penstock.engine.model.norm import Norm
+
+    x, weight = torch.randn(rows, 2 * 300).to(dtype)[:, :300], (torch.randn(70, 300) / 17).to(dtype)
+    offset, scale, stream = torch.randn(70).to(dtype), torch.randn(300).to(dtype), torch.randn(rows, 70).to(dtype)
+    expected = (rms(x.double(), scale.double()) if norm else x.double()) @ weight.double().t()
+    expected += offset.double() if bias else 0.0
+    expected += stream.double() if add else 0.0
+    if activation is not None:
+        expected = ACTIVATIONS[activation](expected[:, :35]) * expected[:, 35:]
+    got = multiply_few(
+        x.to(DEVICE), weight.to(DEVICE), offset.to(DEVICE) if bias else None,
+        norm=Norm(scale.to(DEVICE), 1e-6) if norm else None, add=stream.to(DEVICE) if add else None, activation=activation,
+    )  # fmt: skip
+    torch.testing.assert_close(got.double().cpu(), expected, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+
+
+@here
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dim", "pairs", "norm"), [(64, 32, True), (64, 32, False), (48, 12, True), (20, 10, False)])
 @pytest.mark.parametrize("tokens", [3, 70])
