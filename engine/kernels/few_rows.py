@@ -14,7 +14,7 @@ from torch import Tensor
 from penstock.engine.kernels.gate import ACTIVATIONS, activate
 from penstock.engine.model.norm import Norm
 
-FEW = 8  # rows up to which this is faster than the library
+FEW = 2  # rows up to which this is faster than the library
 LOADED = 16_384  # elements of the weight that a program loads, about
 PROGRAMS = 264  # that there should be, at least
 

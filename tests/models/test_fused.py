@@ -64,12 +64,12 @@ def test_a_run_with_the_kernels_gives_the_tokens_of_a_plain_one(name: str) -> No
 
 @pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "biases"])
-@pytest.mark.parametrize("tokens", [8, 9])
-def test_in_half_precision_it_errs_no_more_than_transformers(name: str, tokens: int) -> None:
+@pytest.mark.parametrize("more", [0, 1])
+def test_in_half_precision_it_errs_no_more_than_transformers(name: str, more: int) -> None:
     from penstock.engine.attention.triton import TritonAttention
     from penstock.engine.kernels.few_rows import FEW
 
-    assert FEW == 8, "one number of rows on either side of it"
+    tokens = FEW + more  # on either side of where products change
     module = make(name, torch.float16).to(DEVICE)
     decoder = read_decoder(module.config, DEVICE)
     assert decoder is not None
