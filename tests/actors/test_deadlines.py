@@ -14,7 +14,6 @@ import pytest
 from penstock.clients import Client
 from penstock.clients.launcher import Engine
 
-
 SOON = 8.0  # seconds; a part that does not move is only replaced after 30, and 20,000 tokens take minutes
 
 
