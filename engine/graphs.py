@@ -1,36 +1,48 @@
-"""Decode steps as CUDA graphs: one launch in the place of hundreds.
+"""Steps as CUDA graphs: one launch in the place of hundreds.
 
-A graph is captured for a number of rows, when a step first needs it. Rows beyond a step's own fill it up: they belong to a slot that
-nobody has, and write no keys. What a step says of its rows are five numbers each, in one pinned buffer and one copy; all else is on the
-device already. Forward and sampling are one graph where every row only draws or takes the largest logit. Where a row wants more
-(penalties, filters, log-probabilities) the graph ends with the logits, and the sampler goes on from there.
+A graph is captured for a `Size`, when a step first needs it. What a step has less than that is filled up: rows of a slot that nobody has,
+tokens that write no keys, tiles of no row. So the columns of a step (`engine.runner`), filled up, are all that a graph reads; they lie in
+one pinned buffer, and go to the device in one copy. Forward and sampling are one graph where every row only draws or takes the largest
+logit. Where a row wants more (penalties, filters, log-probabilities) the graph ends with the logits, and the sampler goes on from there.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from penstock.engine.attention.base import Columns
 from penstock.engine.attention.triton import TritonAttention
 from penstock.engine.kernels.sample import sample_rows
-from penstock.engine.model.base import Model
-from penstock.engine.plan import Float32, Int32
+from penstock.engine.model.base import Model, run_model
+from penstock.engine.results import CannotRecord
 
-Int64 = npt.NDArray[np.int64]
-FIELDS = 5  # int64 columns: slot, position, place, key of the noise, temperature
-NO_PLACE = -1
+MANY, FULL = 2048, 0.7  # with more tokens than this, and a smaller share of its size, the device would lose more time than the host saves
 
 
-def buckets(most: int) -> list[int]:
-    """The numbers of rows that graphs are captured for: few enough to capture, and never a third more than a step has."""
-    sizes = {*range(1, 5), *range(6, 17, 2), *range(20, 33, 4), *range(40, 65, 8), *range(80, 129, 16), *range(160, most, 32), most}
-    return sorted(size for size in sizes if size <= most)
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much a graph has room for. Without `chunks` there is a decode for each token, and every token is sampled."""
+
+    tokens: int
+    samples: int
+    chunks: bool
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """Where the words of a step are put, and its ids come back. `event` is that of the ids; a CPU needs none."""
+
+    words: Tensor
+    ids: Tensor
+    event: torch.cuda.Event | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,82 +50,144 @@ class Replayed:
     """The results of a graph on their way to the host: `engine.staging.Returned`."""
 
     ids: Tensor
-    event: torch.cuda.Event
+    event: torch.cuda.Event | None
 
     def wait(self) -> dict[str, Tensor]:
-        self.event.synchronize()
+        if self.event is not None:
+            self.event.synchronize()
         return {"ids": self.ids}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """A captured step. `out` are the ids that it samples, or its logits."""
+    """A step that can be run again. `columns` are where its columns begin among its words, how long they are, and what they are filled up
+    with. `out` are the ids that it samples, or its logits."""
 
-    replay: Callable[[], None]
+    columns: dict[str, tuple[int, int, int]]
+    words: int
+    replay: Callable[[], object]
     out: Tensor
 
 
-class DecodeGraphs:
-    """The decode steps of a model that is attached to `attention`. `last` int64 `[slots + 1]` are the last tokens of each slot, and of
-    the one that nobody has. At most `in_flight` results may be waited for."""
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
-    def __init__(self, model: Model, attention: TritonAttention, last: Tensor, in_flight: int) -> None:
+
+class StepGraphs:
+    """The steps of a model that is attached to `attention`, of up to `most` tokens. `last` int64 `[slots + 1]` are the last tokens of each
+    slot, and of the one that nobody has. At most `in_flight` results may be waited for."""
+
+    def __init__(
+        self, model: Model, attention: TritonAttention, last: Tensor, most: int, in_flight: int, record: Record | None = None
+    ) -> None:
         self.model, self.attention, self.last = model, attention, last
+        self.record = CudaRecord(last.device) if record is None else record
         self.nobody = len(last) - 1
-        self.sizes = buckets(self.nobody)
-        cells = FIELDS * self.nobody
+        self.rows = sizes(self.nobody)
+        self.tokens = coarse(max(most, self.nobody))
+        largest = Size(self.tokens[-1], self.nobody, chunks=True, plain=True)
+        cells = sum(length for _, length, _ in self._columns(largest).values())
         self._words = torch.zeros(cells, dtype=torch.int64, device=last.device)
-        self._pinned = [torch.zeros(cells, dtype=torch.int64, pin_memory=True) for _ in range(in_flight + 1)]
-        self._ids = [torch.zeros(self.nobody, dtype=torch.int64, pin_memory=True) for _ in range(in_flight + 1)]
-        self._events = [torch.cuda.Event() for _ in range(in_flight + 1)]  # type: ignore[no-untyped-call]
-        self._turn = 0
-        self._graphs: dict[tuple[int, bool], Graph] = {}
-        self._memory = torch.cuda.graph_pool_handle()  # one step runs at a time: all may use the same
-        self._stream = torch.cuda.Stream(last.device)  # type: ignore[no-untyped-call]
+        on_cuda = last.device.type == "cuda"
+        self._turns = [
+            Turn(
+                torch.zeros(cells, dtype=torch.int64, pin_memory=on_cuda),
+                torch.zeros(self.nobody, dtype=torch.int64, pin_memory=on_cuda),
+                torch.cuda.Event() if on_cuda else None,  # type: ignore[no-untyped-call]
+            )
+            for _ in range(in_flight + 1)
+        ]
+        self._turn = self._turns[0]
+        self._graphs: dict[Size, Graph] = {}
+        self._seen: Counter[int] = Counter()
 
-    def run(self, columns: tuple[Int32, Int32, Int32, Int64], temperature: Float32, *, plain: bool) -> Tensor:
-        """Launch a step of one token in each of some slots. `columns` are slots, positions, places and keys of the noise, `[rows]` all.
-        Returns the ids `[rows]` if `plain`, else the logits `[rows, vocab_size]`; they stay until the next call."""
-        rows = len(temperature)
-        size = self.sizes[bisect_left(self.sizes, rows)]
-        graph = self._graphs.get((size, plain)) or self._capture(size, plain)
-        turn = self._turn = (self._turn + 1) % len(self._pinned)
-        self._events[turn].synchronize()
-        pinned = self._pinned[turn]
-        words = pinned.numpy()[: FIELDS * size].reshape(FIELDS, size)
-        for column, values, empty in zip(words, columns, (self.nobody, 0, NO_PLACE, 0), strict=False):
-            column[:rows] = values
-            column[rows:] = empty
-        words[4].view(np.float32)[:size] = 0
-        words[4].view(np.float32)[:rows] = temperature
-        self._words[: FIELDS * size].copy_(pinned[: FIELDS * size], non_blocking=True)
+    def fits(self, tokens: int, decodes: int) -> bool:
+        """Whether a step is to be run here. Capturing takes longer than a step by itself: what is not decodes alone is captured when it
+        comes the second time, and a large one only if it fills most of its size."""
+        if decodes == tokens:
+            return True
+        at = bisect_left(self.tokens, tokens)
+        if at == len(self.tokens) or (tokens > MANY and tokens < FULL * self.tokens[at]):
+            return False
+        self._seen[self.tokens[at]] += 1
+        return self._seen[self.tokens[at]] > 1
+
+    def run(self, columns: Columns, decodes: int, *, plain: bool) -> Tensor:
+        """Launch a step. Returns the ids `[samples]` if `plain`, else the logits `[samples, vocab_size]`; they stay until the next call.
+        Raises `CannotRecord`."""
+        tokens, samples = len(columns["positions"]), len(columns["sample_slots"])
+        chunks = decodes < tokens
+        at = bisect_left(self.tokens if chunks else self.rows, tokens)
+        size = Size((self.tokens if chunks else self.rows)[at], self._samples(samples, at, chunks), chunks, plain)
+        graph = self._graphs.get(size) or self._capture(size)
+        turn = self._turn = self._turns.pop(0)
+        self._turns.append(turn)
+        if turn.event is not None:
+            turn.event.synchronize()
+        fill_up(turn.words.numpy(), graph.columns, columns)
+        self._words[: graph.words].copy_(turn.words[: graph.words], non_blocking=True)
         graph.replay()
-        return graph.out[:rows]
+        return graph.out[:samples]
 
     def give(self, ids: Tensor) -> Replayed:
         """Send the ids of the step that was launched last to the host."""
-        there, event = self._ids[self._turn][: len(ids)], self._events[self._turn]
+        there, event = self._turn.ids[: len(ids)], self._turn.event
         there.copy_(ids, non_blocking=True)
-        event.record()
+        if event is not None:
+            event.record()
         return Replayed(there, event)
 
-    def _capture(self, size: int, plain: bool) -> Graph:
-        """Run the step once, which compiles what must be compiled, and then record it. Raises `RuntimeError` if it cannot be recorded."""
-        words = self._words[: FIELDS * size].view(FIELDS, size)
-        slots, positions, places, keys = words[:4]
-        temperature = words[4].view(torch.float32)[:size]
+    def _samples(self, samples: int, at: int, chunks: bool) -> int:
+        if not chunks:
+            return self.rows[at]
+        return min(16, self.nobody) if samples <= 16 else self.nobody
+
+    def _columns(self, size: Size) -> dict[str, tuple[int, int, int]]:
+        lengths = {"sources": (size.tokens, self.nobody), "positions": (size.tokens, 0), "decodes": (1, 0)}
+        lengths |= {"draw.keys": (size.samples, 0), "draw.temperature": (size.samples, 0), "sample_slots": (size.samples, self.nobody)}
+        if size.chunks:
+            lengths |= {"tokens": (size.tokens, 0), "sample_tokens": (size.samples, 0)}
+        lengths |= self.attention.lengths(size.tokens, self.nobody, chunks=size.chunks)
+        places, end = {}, 0
+        for name, (length, empty) in lengths.items():
+            places[name] = (end, length, empty)
+            end += length
+        return places
+
+    def _capture(self, size: Size) -> Graph:
+        """Raises `CannotRecord`."""
+        columns = self._columns(size)
+        empty = np.zeros(len(self._words), np.int64)
+        fill_up(empty, columns, {})
+        self._words.copy_(torch.from_numpy(empty))
+        sent = {name: self._words[at : at + length] for name, (at, length, _) in columns.items()}
+        temperature = sent["draw.temperature"].view(torch.float32)[: size.samples]
 
         def step() -> Tensor:
-            self.attention.begin_decodes(slots, positions, places, size, self.attention.longest)
-            logits = self.model.forward(self.last.index_select(0, slots), positions, None)
-            return sample_rows(logits, temperature, keys, self.last, slots) if plain else logits
+            self.attention.begin_sized(sent, self.nobody if size.chunks else size.tokens, self.attention.longest)
+            logits = run_model(self.model, self.last, sent)
+            return sample_rows(logits, temperature, sent["draw.keys"], self.last, sent["sample_slots"]) if size.plain else logits
 
-        for column, empty in zip(words, (self.nobody, 0, NO_PLACE, 0, 0), strict=True):
-            column.fill_(empty)
+        words = sum(length for _, length, _ in columns.values())
+        try:
+            captured = self._graphs[size] = Graph(columns, words, *self.record(step))
+        except RuntimeError as error:
+            raise CannotRecord(f"a step of {size} cannot be recorded: {error}") from error
+        return captured
+
+
+class CudaRecord:
+    """Runs a step once, which compiles what must be compiled, and then records it. As one step runs at a time, all use the same memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             step()
+            torch.cuda.empty_cache()  # what it took: a graph has memory of its own, and cannot ask for this while it is recorded
             # Other threads go on meanwhile: they wait for the events of earlier steps.
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
@@ -121,5 +195,32 @@ class DecodeGraphs:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        captured = self._graphs[size, plain] = Graph(graph.replay, out)
-        return captured
+        return graph.replay, out
+
+
+def fill_up(words: np.ndarray, places: Mapping[str, tuple[int, int, int]], columns: Columns) -> None:
+    """Write columns to their places in int64 words, and what they are filled up with behind them. float32 keeps its bits."""
+    for name, (at, length, empty) in places.items():
+        column = columns.get(name)
+        room = words[at : at + length]
+        have = 0 if column is None else len(column)
+        if column is not None and column.dtype == np.float32:
+            room[:] = empty
+            room.view(np.float32)[:have] = column
+        else:
+            room[:have] = () if column is None else column
+            room[have:] = empty
+
+
+def coarse(most: int) -> list[int]:
+    """Numbers of tokens that mixed steps are captured for: a third apart."""
+    return sorted({most, *(size for power in range(4, 20) for size in (2**power, 3 * 2**power // 2) if size < most)})
+
+
+def sizes(most: int) -> list[int]:
+    """Numbers of rows that graphs are captured for: few enough to capture, and hardly a quarter more than a step has."""
+    found, size = {most}, 1
+    while size < most:
+        found.add(size)
+        size += max(1, 2 ** (size.bit_length() - 3))
+    return sorted(found)

@@ -35,7 +35,7 @@ class Workload:
     def config(self, blocks: int, *, in_flight: int = 3, attention: str = "auto", graphs: bool = True) -> RunnerConfig:
         return RunnerConfig(
             slots=self.slots, blocks=blocks, block_size=self.block_size, columns=self.columns, in_flight=in_flight, attention=attention,
-            graphs=graphs,
+            graphs=self.token_budget if graphs else 0,
         )  # fmt: skip
 
 

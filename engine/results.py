@@ -12,6 +12,11 @@ import numpy.typing as npt
 from penstock.engine.plan import Int32, StepResult, TopLogprobs
 from penstock.engine.staging import Returned
 
+
+class CannotRecord(RuntimeError):
+    """A step cannot be recorded as a CUDA graph. It has not been run."""
+
+
 NO_IDS: Int32 = np.empty(0, np.int32)
 
 

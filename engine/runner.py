@@ -25,15 +25,14 @@ from penstock.engine.attention.gather import GatherAttention
 from penstock.engine.attention.inplace import InPlaceAttention
 from penstock.engine.attention.inplace import suits as inplace_suits
 from penstock.engine.kernels.cpu import load_kernels
-from penstock.engine.model.base import Model
-from penstock.engine.noise import noise_keys
+from penstock.engine.model.base import Model, run_model
 from penstock.engine.plan import StepPlan
-from penstock.engine.results import Launched
+from penstock.engine.results import CannotRecord, Launched
 from penstock.engine.sampling import Logprobs, SlotSampler, top_logprobs
 from penstock.engine.staging import Copied, Here, HostStaging, PinnedStaging, Returned, Staging
 
 if TYPE_CHECKING:
-    from penstock.engine.graphs import DecodeGraphs
+    from penstock.engine.graphs import StepGraphs
 
 PROMPT_LOGITS = 1 << 25  # logits computed at once for prompt log-probabilities
 Rows = npt.NDArray[np.intp]
@@ -42,8 +41,8 @@ Rows = npt.NDArray[np.intp]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig:
     """Sizes. `columns` is the width of the block table: blocks of the longest sequence. `in_flight` is the most steps that may be launched
-    before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton". `graphs`: decode steps are CUDA
-    graphs, where there is CUDA."""
+    before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton". `graphs`: steps of up to so many
+    tokens are CUDA graphs, where there is CUDA; 0: none are."""
 
     slots: int
     blocks: int
@@ -51,7 +50,18 @@ class RunnerConfig:
     columns: int = 256
     in_flight: int = 3
     attention: str = "auto"
-    graphs: bool = True
+    graphs: int = 8192
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """Which prompt log-probabilities a step has to tell: the plan's row, the token of the step, the id that follows it, for each; and how
+    many of the likeliest at most."""
+
+    rows: Int32
+    tokens: Int32
+    ids: Int32
+    most: int
 
 
 class Runner:
@@ -86,54 +96,61 @@ class Runner:
             for fill in plan.fills:
                 self.sampler.fill(fill)
             self.table[plan.table_slots, plan.table_columns] = plan.table_blocks
-            if self.graphs is not None and plan.decodes == len(plan.slots):
-                return Launched(plan.step, started, places, *self._decode(self.graphs, plan))
-            return Launched(plan.step, started, places, *self._run(plan, order, sampling))
+            columns = self._columns(plan, order, sampling)
+            slots, positions = columns["sample_slots"], (plan.starts + plan.counts)[sampling]
+            told = self._prompt_targets(plan)
+            if self.graphs is not None and told is None and self.graphs.fits(len(columns["positions"]), plan.decodes):
+                try:
+                    return Launched(plan.step, started, places, *self._replay(self.graphs, columns, plan.decodes, slots, positions))
+                except CannotRecord:  # this model does something that graphs cannot hold, or there is no memory for them
+                    self.graphs = None
+            return Launched(plan.step, started, places, *self._run(columns, slots, positions, told))
         except RuntimeError as error:  # what torch raises, out of memory included
             return Launched(plan.step, started, places, None, error=f"{type(error).__name__}: {error}")
 
-    def _run(self, plan: StepPlan, order: Rows, sampling: Rows) -> tuple[Returned, Int32 | None, Int32 | None]:
-        """Any step, operation by operation. Returns what is on its way, and of which rows the log-probabilities are: sampled, and
-        prompts'."""
+    def _columns(self, plan: StepPlan, order: Rows, sampling: Rows) -> Columns:
+        """What the model and its attention must know of a step. `tokens` are ids, or below 0: the last one of the slot in `sources`."""
         written = (plan.table_slots, plan.table_columns)
         rows = StepRows(plan.slots[order], plan.starts[order], plan.counts[order], plan.decodes, self.table, written)
         positions = rows.positions()
-        lasts = np.cumsum(plan.counts) - 1  # the same in either order: only decodes, of one token each, change places
-        sampled_slots = plan.slots[sampling]
-        columns: Columns = {
-            "positions": positions,
-            "decode_slots": rows.slots[: plan.decodes],
-            "tokens": plan.tokens,
-            "sample_tokens": lasts[plan.samples[order]],
-            "sample_slots": sampled_slots,
-        }
-        columns |= self.attention.prepare(rows, positions, rows.places(positions, self.config.block_size))
-        columns |= self.sampler.prepare(sampled_slots, (plan.starts + plan.counts)[sampling])
-        told = self._prompt_targets(plan)
+        columns: Columns = {"positions": positions, "sources": rows.slots[: plan.decodes], "sample_slots": plan.slots[sampling]}
+        if plan.decodes < len(order):
+            lasts = np.cumsum(plan.counts) - 1  # the same in either order: only decodes, of one token each, change places
+            columns |= {
+                "sources": np.concatenate((columns["sources"], np.zeros(len(plan.tokens), np.int32))),
+                "tokens": np.concatenate((np.full(plan.decodes, -1, np.int32), plan.tokens)),
+                "sample_tokens": lasts[plan.samples[order]],
+            }
+        return columns | self.attention.prepare(rows, positions, rows.places(positions, self.config.block_size))
+
+    def _run(self, columns: Columns, slots: Int32, positions: Int32, told: Told | None) -> tuple[Returned, Int32 | None, Int32 | None]:
+        """Any step, operation by operation. Returns what is on its way, and of which rows the log-probabilities are: sampled, and
+        prompts'."""
+        columns |= self.sampler.prepare(slots, positions)
         if told is not None:
-            columns |= {"prompt.tokens": told[1], "prompt.ids": told[2]}
+            columns |= {"prompt.tokens": told.tokens, "prompt.ids": told.ids}
         sent = self.staging.send(columns)
         self.attention.begin(sent)
-        ids = torch.cat((self.last.index_select(0, sent["decode_slots"]), sent["tokens"]))
-        logits = self.model.forward(ids, sent["positions"], sent["sample_tokens"], keep=told is not None)
+        logits = run_model(self.model, self.last, sent, keep=told is not None)
         back, logprob_rows = self._sample(logits, sent)
         if told is not None:
-            top = self._prompt_logprobs(sent, told[0], told[3])
+            top = self._prompt_logprobs(sent, told)
             back |= {"prompts.ids": top.ids, "prompts.values": top.values, "prompts.ranks": top.ranks}
-        return self._give(back), logprob_rows, told and told[0]
+        return self._give(back), logprob_rows, None if told is None else told.rows
 
-    def _decode(self, graphs: DecodeGraphs, plan: StepPlan) -> tuple[Returned, Int32 | None]:
-        """A step of decodes alone, as a CUDA graph."""
-        slots, positions, sampler, size = plan.slots, plan.starts, self.sampler, self.config.block_size
-        plain = bool(sampler.plain[slots].all())
-        columns = graphs.attention.changes(self.table, plan.table_slots, plan.table_columns)
-        if not plain:
-            columns |= sampler.prepare(slots, positions + 1) | {"sample_slots": slots}
-        sent = self.staging.send(columns) if columns else {}
+    def _replay(
+        self, graphs: StepGraphs, columns: Columns, decodes: int, slots: Int32, positions: Int32
+    ) -> tuple[Returned, Int32 | None]:  # fmt: skip
+        """A step as a CUDA graph. What it cannot hold, changes of the block table and rarer wishes, goes beside it."""
+        plain = bool(self.sampler.plain[slots].all())
+        beside: Columns = {name: columns[name] for name in ("table.at", "table.blocks") if name in columns}
+        if plain:
+            columns = columns | self.sampler.prepare_plain(slots, positions)
+        else:
+            beside |= self.sampler.prepare(slots, positions) | {"sample_slots": slots}
+        sent = self.staging.send(beside) if beside else {}
         graphs.attention.write_table(sent)
-        keys = noise_keys(sampler.seed[slots], positions + 1)
-        places = self.table[slots, positions // size] * np.int32(size) + positions % np.int32(size)
-        out = graphs.run((slots, positions, places, keys), sampler.temperature[slots], plain=plain)
+        out = graphs.run(columns, decodes, plain=plain)
         if plain:
             return graphs.give(out), None
         back, logprob_rows = self._sample(out, sent)
@@ -152,8 +169,8 @@ class Runner:
     def _give(self, back: dict[str, Tensor]) -> Returned:
         return Copied(back, self.copies) if self.copies is not None else Here(back)
 
-    def _prompt_targets(self, plan: StepPlan) -> tuple[Int32, Int32, Int32, int] | None:
-        """What prompt log-probabilities are asked of this step's chunks: row, token of the step, the id that follows it, and the most k."""
+    def _prompt_targets(self, plan: StepPlan) -> Told | None:
+        """What prompt log-probabilities are asked of this step's chunks."""
         asked = np.flatnonzero(self.sampler.prompt_logprobs[plan.slots[plan.decodes :]] >= 0) + plan.decodes
         if not asked.size:
             return None
@@ -169,18 +186,18 @@ class Runner:
         if not rows:
             return None
         most = int(self.sampler.prompt_logprobs[plan.slots[asked]].max())
-        return np.concatenate(rows), np.concatenate(tokens), np.concatenate(ids), most
+        return Told(np.concatenate(rows), np.concatenate(tokens), np.concatenate(ids), most)
 
-    def _prompt_logprobs(self, sent: dict[str, Tensor], rows: Int32, most: int) -> Logprobs:
+    def _prompt_logprobs(self, sent: Mapping[str, Tensor], told: Told) -> Logprobs:
         """In slices, because logits of a long prompt would not fit."""
         parts = []
         step = max(1, PROMPT_LOGITS // self.model.vocab_size)
-        for low in range(0, len(rows), step):
+        for low in range(0, len(told.rows), step):
             logits = self.model.more(sent["prompt.tokens"][low : low + step])
             raw = torch.log_softmax(logits.float(), dim=-1)
-            parts.append(top_logprobs(raw, sent["prompt.ids"][low : low + step], rows[low : low + step], most))
+            parts.append(top_logprobs(raw, sent["prompt.ids"][low : low + step], told.rows[low : low + step], told.most))
         ids, values, ranks = zip(*((part.ids, part.values, part.ranks) for part in parts), strict=True)
-        return Logprobs(rows, torch.cat(ids), torch.cat(values), torch.cat(ranks))
+        return Logprobs(told.rows, torch.cat(ids), torch.cat(values), torch.cat(ranks))
 
 
 def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBackend:
@@ -200,9 +217,9 @@ def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBac
     return GatherAttention(pool, model.layers)
 
 
-def _graphs(config: RunnerConfig, model: Model, attention: AttentionBackend, last: Tensor) -> DecodeGraphs | None:
+def _graphs(config: RunnerConfig, model: Model, attention: AttentionBackend, last: Tensor) -> StepGraphs | None:
     if not config.graphs or model.device.type != "cuda" or not can_fuse(attention):
         return None
-    from penstock.engine.graphs import DecodeGraphs  # Triton comes with CUDA builds of torch only
+    from penstock.engine.graphs import StepGraphs  # Triton comes with CUDA builds of torch only
 
-    return DecodeGraphs(model, attention, last, config.in_flight)
+    return StepGraphs(model, attention, last, config.graphs, config.in_flight)

@@ -117,6 +117,10 @@ class SlotSampler:
 
     # ── on the host ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def prepare_plain(self, slots: Int32, positions: Int32) -> Columns:
+        """Temperature and key for each row, if all of them are `plain`: what the sampling kernel wants."""
+        return {"draw.temperature": self.temperature[slots], "draw.keys": noise_keys(self.seed[slots], positions)}
+
     def prepare(self, slots: Int32, positions: Int32) -> Columns:
         """Columns for a step that samples row i for `slots[i]`, the token at absolute position `positions[i]`. A stage that no row asks
         for has no columns; where all rows draw, `draw.rows` is left out."""

@@ -33,7 +33,7 @@ class TritonAttention:
         self.decodes: Decodes | None = None
         self.chunks: dict[int, Chunks] = {}
         self.places = self.table
-        self._shape = (0, 0, 0)  # rows, decodes, longest
+        self._grid = (0, 0)  # decodes, and the longest of them
 
     @property
     def longest(self) -> int:
@@ -42,45 +42,56 @@ class TritonAttention:
 
     def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
         decodes = rows.decodes
-        self._shape = (len(rows.slots), decodes, int(rows.starts[:decodes].max()) + 1 if decodes else 0)
-        sent = self.changes(rows.table, *rows.written) | {
-            "places": places, "row.slots": rows.slots, "row.starts": rows.starts, "row.firsts": rows.firsts,
-        }  # fmt: skip
-        for queries in self.tiles if decodes < len(rows.slots) else ():
+        self._grid = (decodes, int(rows.starts[:decodes].max()) + 1 if decodes else 0)
+        sent: Columns = {"places": places, "decodes": np.array([decodes])}
+        slots, columns = rows.written
+        if len(slots):
+            # An entry written twice by one plan gets its last value both times, so that the order on the device does not matter.
+            sent |= {"table.at": slots.astype(np.int64) * rows.table.shape[1] + columns, "table.blocks": rows.table[slots, columns]}
+        if decodes == len(rows.slots):
+            return sent
+        sent |= {"row.slots": rows.slots, "row.starts": rows.starts, "row.firsts": rows.firsts}
+        for queries in self.tiles:
             tiles = -(-rows.counts[decodes:] // queries)
             befores = np.repeat(np.cumsum(tiles) - tiles, tiles)
             sent[f"tile.rows.{queries}"] = np.repeat(np.arange(decodes, len(rows.slots)), tiles)
             sent[f"tile.offsets.{queries}"] = (np.arange(len(befores)) - befores) * queries
         return sent
 
-    def changes(self, table: Int32, slots: Int32, columns: Int32) -> Columns:
-        """What `write_table` needs to follow the host's table."""
-        if not len(slots):
-            return {}
-        # An entry written twice by one plan gets its last value both times, so that the order on the device does not matter.
-        return {"table.at": slots.astype(np.int64) * table.shape[1] + columns, "table.blocks": table[slots, columns]}
+    def lengths(self, tokens: int, rows: int, *, chunks: bool) -> dict[str, tuple[int, int]]:
+        """The columns of `prepare`, but those of the table, of any step of so many tokens and rows at most: how long they can be, and what
+        fills them up so that it does nothing."""
+        found = {"places": (tokens, -1)}
+        if chunks:
+            found |= {"row.slots": (rows, rows), "row.starts": (rows, 0), "row.firsts": (rows + 1, 0)}
+            for queries in self.tiles:
+                most = tokens // queries + min(rows, tokens)
+                found |= {f"tile.rows.{queries}": (most, -1), f"tile.offsets.{queries}": (most, 0)}
+        return found
 
     def write_table(self, columns: Mapping[str, Tensor]) -> None:
+        """Follow the host's table, with the two columns of `prepare` that say how, if they are there."""
         if "table.at" in columns:
             self.table.view(-1).index_copy_(0, columns["table.at"], columns["table.blocks"].int())
 
     def begin(self, columns: Mapping[str, Tensor]) -> None:
         self.write_table(columns)
-        self.places = columns["places"]
-        rows, decodes, longest = self._shape
-        slots, starts, firsts = columns["row.slots"], columns["row.starts"], columns["row.firsts"]
-        self.decodes, self.chunks = None, {}
-        if decodes:
-            self.begin_decodes(slots, starts, self.places, decodes, longest)
-        for queries in self.tiles if decodes < rows else ():
-            tile_rows, offsets = columns[f"tile.rows.{queries}"], columns[f"tile.offsets.{queries}"]
-            self.chunks[queries] = Chunks(slots, starts, firsts, self.table, tile_rows, offsets)
+        self.begin_sized(columns, *self._grid)
 
-    def begin_decodes(self, slots: Tensor, starts: Tensor, places: Tensor, rows: int, longest: int) -> None:
-        """A step of decodes alone, whose columns are on the device already. Lengths are read there: `longest` only decides how many
-        programs share a row."""
-        self.places, self.chunks = places, {}
-        self.decodes = Decodes(slots, starts, self.table, rows, splits_for(rows, self.kv_heads, self.processors, longest))
+    def begin_sized(self, columns: Mapping[str, Tensor], decodes: int, longest: int) -> None:
+        """`begin`, for up to so many decodes; `longest` only decides how many programs share one. In a step of decodes alone, which has
+        no `row.` columns, slots and starts are those of the tokens."""
+        self.places = columns["places"]
+        slots, starts = columns.get("row.slots", columns["sources"]), columns.get("row.starts", columns["positions"])
+        splits = splits_for(decodes, self.kv_heads, self.processors, longest)
+        self.decodes = Decodes(slots, starts, self.table, columns["decodes"], decodes, splits) if decodes else None
+        self.chunks = {
+            queries: Chunks(
+                slots, starts, columns["row.firsts"], self.table, columns[f"tile.rows.{queries}"], columns[f"tile.offsets.{queries}"]
+            )
+            for queries in self.tiles
+            if f"tile.rows.{queries}" in columns
+        }
 
     def attend(self, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         write_rows(k, layer.keys, self.places)

@@ -18,23 +18,29 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.engine.attention.base import LayerShape
+from penstock.engine.kernels.overlap import overlap, wait
 
+MANY = 1 << 20  # programs
 MOST_SPLITS = 32  # programs among which the keys of one decode may be split
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
-    q, keys, values, out, sinks, slots, starts, table, columns, q_token, q_head, scaling, softcap, window,
+    q, keys, values, out, sinks, slots, starts, table, count, columns, q_token, q_head, scaling, softcap, window,
     splits, part_out, part_max, part_sum, tickets,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     SPLIT: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: the SHARED query heads of one KV head of one row, over one split of the keys."""
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2)
+    wait(OVERLAP)
+    if row >= tl.load(count):
+        return
     position = tl.load(starts + row).to(tl.int32)
     slot = tl.load(slots + row)
     m = tl.arange(0, ROWS)
@@ -133,18 +139,22 @@ def _merge(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """The decodes of a launch. `splits` is among how many programs the keys of each are split."""
+    """The decodes of a launch: up to `rows`, and as many as `count` int64 `[1]` says. `splits` is among how many programs the keys of
+    each are split."""
 
     slots: Tensor
     starts: Tensor
     table: Tensor
+    count: Tensor
     rows: int
     splits: int
 
 
 def splits_for(rows: int, kv_heads: int, processors: int, longest: int) -> int:
-    """How many splits fill a device of so many multiprocessors twice, where the longest row sees `longest` keys."""
-    return max(1, min(MOST_SPLITS, -(-2 * processors // (rows * kv_heads)), -(-longest // 128)))
+    """How many splits to make of rows of up to `longest` keys, on a device of so many multiprocessors: none where rows alone are enough
+    for nearly all of them, else about four programs for each."""
+    programs = max(rows, 1) * kv_heads
+    return 1 if programs > 0.9 * processors else max(1, min(MOST_SPLITS // 2, 4 * processors // programs, -(-longest // 64)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,34 +166,36 @@ class Tile:
     stages: int
 
 
-def tile_for(shape: LayerShape, dtype: torch.dtype, splits: int) -> Tile:
+def tile_for(shape: LayerShape, dtype: torch.dtype, programs: int) -> Tile:
+    """Measured best, or near it, at 576 and 2,048 keys: large tiles for the few programs that are one to a multiprocessor."""
     if dtype == torch.float32 or max(padded_dim(shape.head_dim), padded_dim(shape.value_dim)) > 128:
         return Tile(32, 4, 2)
-    return Tile(64, 4, 3)
+    return Tile(128, 4, 2) if programs <= 512 else Tile(64, 2, 3)
 
 
 def attend_decodes(
     q: Tensor, keys: Tensor, values: Tensor, out: Tensor, decodes: Decodes, tickets: Tensor, shape: LayerShape, sinks: Tensor | None,
     tile: Tile | None = None,
 ) -> None:  # fmt: skip
-    """Attend with the first `decodes.rows` of q `[tokens, heads, head_dim]` into the same of out `[tokens, heads, value_dim]`, contiguous.
+    """Attend with the first rows of q `[tokens, heads, head_dim]` into the same of out `[tokens, heads, value_dim]`, contiguous.
 
     Any head dimension up to 256, float32, float16 or bfloat16. `tickets` are int32 zeros, at least `[rows * kv_heads]`, and zeros again
     afterwards. `tile` is for measuring.
     """
     heads, kv_heads, dim, value_dim = shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim
     splits, rows = decodes.splits, decodes.rows
-    tile = tile or tile_for(shape, q.dtype, splits)
+    tile = tile or tile_for(shape, q.dtype, rows * kv_heads if splits == 1 else MANY)
     parts = [out, out, out]
     if splits > 1:
         parts = [q.new_empty((rows, heads, splits, *more), dtype=torch.float32) for more in ((value_dim,), (), ())]
     _decode[(kv_heads, splits, rows)](
-        q, keys, values, out, out if sinks is None else sinks, decodes.slots, decodes.starts, decodes.table, decodes.table.shape[1],
+        q, keys, values, out, out if sinks is None else sinks, decodes.slots, decodes.starts, decodes.table,
+        decodes.count, decodes.table.shape[1],
         q.stride(0), q.stride(1), shape.scaling, shape.softcap or 0.0, shape.window or 0, splits, *parts, tickets,
         HEADS=heads, KV_HEADS=kv_heads, SHARED=heads // kv_heads, ROWS=padded_dim(heads // kv_heads), KEYS=tile.keys, SIZE=keys.shape[2],
         DIM=dim, PADDED_DIM=padded_dim(dim), VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_dim(value_dim),
-        SPLIT=splits > 1, SPLITS=triton.next_power_of_2(splits), SOFTCAP=shape.softcap is not None, WINDOW=shape.window is not None,
-        SINKS=sinks is not None, num_warps=tile.warps, num_stages=tile.stages,
+        SPLIT=splits > 1, SPLITS=8 if splits <= 8 else MOST_SPLITS, SOFTCAP=shape.softcap is not None, WINDOW=shape.window is not None,
+        SINKS=sinks is not None, num_warps=tile.warps, num_stages=tile.stages, **overlap(q),
     )  # fmt: skip
 
 

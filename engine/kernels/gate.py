@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.engine.kernels.overlap import overlap, wait
+
 BLOCK = 1024
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
@@ -24,11 +26,12 @@ def activate(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["width"])  # type: ignore[untyped-decorator]
-def _gate(x, out, width, BLOCK: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gate(x, out, width, BLOCK: tl.constexpr, KIND: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: a block of one row."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < width
+    wait(OVERLAP)
     gate = tl.load(x + row * 2 * width + d, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + d, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=inside)
@@ -39,5 +42,5 @@ def gate_rows(x: Tensor, activation: str) -> Tensor:
     `ACTIVATIONS`, by the names of transformers."""
     rows, width = len(x), x.shape[1] // 2
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    _gate[(rows, triton.cdiv(width, BLOCK))](x, out, width, BLOCK=BLOCK, KIND=ACTIVATIONS.index(activation), num_warps=4)
+    _gate[(rows, triton.cdiv(width, BLOCK))](x, out, width, BLOCK=BLOCK, KIND=ACTIVATIONS.index(activation), num_warps=4, **overlap(x))
     return out

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.engine.kernels.overlap import overlap, wait
+
 TOKENS = 8  # of one head, that a program takes where there are many
 
 
@@ -14,7 +16,7 @@ TOKENS = 8  # of one head, that a program takes where there are many
 def _turn(  # type: ignore[no-untyped-def]
     qkv, weights, cos, sin, positions, places, q, keys, values, tokens, qkv_row, epsilon,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
-    TOKENS: tl.constexpr, PADDED_DIM: tl.constexpr, NORM: tl.constexpr,
+    TOKENS: tl.constexpr, PADDED_DIM: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: some tokens of one head of queries, keys or values."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -22,6 +24,7 @@ def _turn(  # type: ignore[no-untyped-def]
     there = token < tokens
     d = tl.arange(0, PADDED_DIM)
     mask = there[:, None] & (d < DIM)[None, :]
+    wait(OVERLAP)
     source = qkv + token.to(tl.int64)[:, None] * qkv_row + head * DIM
     x = tl.load(source + d[None, :], mask=mask, other=0.0).to(tl.float32)
     if head < HEADS + KV_HEADS:
@@ -74,5 +77,6 @@ def turn_heads(
         qkv, q if weights is None else weights, cos, sin, positions, places, q, keys, values, tokens, qkv.stride(0), epsilon,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAIRS=cos.shape[1], SIZE=size, TOKENS=block,
         PADDED_DIM=triton.next_power_of_2(dim), NORM=weights is not None, num_warps=1 if block == 1 else 4,
+        **overlap(qkv),
     )  # fmt: skip
     return q

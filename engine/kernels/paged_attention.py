@@ -49,6 +49,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     row = tl.load(tile_rows + tile)
+    if row < 0:
+        return
     offset = tl.load(tile_offsets + tile).to(tl.int32)
     start = tl.load(starts + row).to(tl.int32) + offset
     first = tl.load(firsts + row) + offset
@@ -109,7 +111,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """The prefill chunks of a launch, cut into tiles: `tile_rows` and `tile_offsets` (in tokens from the row's first) say which queries
-    each holds."""
+    each holds. Tiles of a row below 0 hold none."""
 
     slots: Tensor
     starts: Tensor

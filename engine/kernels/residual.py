@@ -7,18 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.engine.kernels.overlap import overlap, wait
+
 WIDEST = 16_384  # a row that one program can hold in its registers
 
 
 @triton.jit(do_not_specialize=["h_row", "x_row"])  # type: ignore[untyped-decorator]
 def _join(  # type: ignore[no-untyped-def]
     h, x, after, before, sums, out, h_row, x_row, width, epsilon,
-    WIDTH: tl.constexpr, SUM: tl.constexpr, AFTER: tl.constexpr, BEFORE: tl.constexpr,
+    WIDTH: tl.constexpr, SUM: tl.constexpr, AFTER: tl.constexpr, BEFORE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: one row."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, WIDTH)
     inside = d < width
+    wait(OVERLAP)
     y = tl.load(h + row * h_row + d, mask=inside, other=0.0).to(tl.float32)
     if SUM:
         add = tl.load(x + row * x_row + d, mask=inside, other=0.0).to(tl.float32)
@@ -50,6 +53,6 @@ def join_rows(h: Tensor, x: Tensor | None, after: Tensor | None, before: Tensor 
         h, h if x is None else x, h if after is None else after, h if before is None else before, sums, out,
         h.stride(0), 0 if x is None else x.stride(0), width, epsilon,
         WIDTH=padded, SUM=x is not None, AFTER=after is not None, BEFORE=before is not None,
-        num_warps=min(16, max(1, padded // 512)),
+        num_warps=min(16, max(1, padded // 512)), **overlap(h),
     )  # fmt: skip
     return sums, out

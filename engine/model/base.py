@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -34,3 +35,11 @@ class Model(Protocol):
     def more(self, rows: Tensor) -> Tensor:
         """Logits of other tokens of the last step, which was run with `keep`."""
         ...
+
+
+def run_model(model: Model, last: Tensor, sent: Mapping[str, Tensor], *, keep: bool = False) -> Tensor:
+    """The logits of a step whose columns are on the device. A token is that of `tokens`, or where that is below 0 the last of its slot."""
+    ids = last.index_select(0, sent["sources"])
+    if "tokens" in sent:
+        ids = torch.where(sent["tokens"] < 0, ids, sent["tokens"])
+    return model.forward(ids, sent["positions"], sent.get("sample_tokens"), keep=keep)

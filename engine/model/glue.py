@@ -72,7 +72,7 @@ class FusedGlue:
         from penstock.engine.kernels import few_rows, gate, heads, residual  # Triton comes with CUDA builds of torch only
 
         self._join, self._gate, self._turn = residual.join_rows, gate.gate_rows, heads.turn_heads
-        self.product, self.few = few_rows.multiply_few, few_rows.FEW
+        self.product, self.is_few = few_rows.multiply_few, few_rows.is_few
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
         self.positions = backend.table

@@ -101,16 +101,21 @@ class NativeModel:
         scale = decoder.embedding_scale
         self.scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=self.device)
         self.suits_few = all(block.suits_few for block in self.blocks)
+        self.widest = max(max(block.down.in_features, block.out.in_features, block.qkv.in_features) for block in self.blocks)
         self.kept: Tensor | None = None
-        self.glue: Glue = PlainGlue(decoder.rotaries, decoder.activation, self.dtype)
+        self.glue: Glue = self._plain_glue()
+
+    def _plain_glue(self) -> Glue:
+        return PlainGlue(self.decoder.rotaries, self.decoder.activation, self.dtype)
 
     def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
-        rotaries, activation = self.decoder.rotaries, self.decoder.activation
-        self.glue = FusedGlue(rotaries, activation, backend) if can_fuse(backend) else PlainGlue(rotaries, activation, self.dtype)
+        decoder = self.decoder
+        self.glue = FusedGlue(decoder.rotaries, decoder.activation, backend) if can_fuse(backend) else self._plain_glue()
         for block, shape, (keys, values) in zip(self.blocks, self.layers, pool.layers, strict=True):
             block.paged = LayerAttention(shape, keys, values, backend)
 
     def detach(self) -> None:
+        self.glue = self._plain_glue()
         for block in self.blocks:
             block.paged = None
 
@@ -120,7 +125,7 @@ class NativeModel:
             h = h * self.scale
         glue, last = self.glue, self.blocks[-1]
         glue.begin(positions)
-        if isinstance(glue, FusedGlue) and len(ids) <= glue.few and self.suits_few:
+        if isinstance(glue, FusedGlue) and self.suits_few and glue.is_few(len(h), self.widest):
             return self._forward_few(h, glue, rows, keep)
         x: Tensor | None = None
         after: Norm | None = None

@@ -30,6 +30,7 @@ class Step:
         places = self.rows.places(positions, self.pool.block_size)
         columns = backend.prepare(self.rows, positions, places)
         device = self.q.device
+        columns = {"sources": self.rows.slots, "positions": positions} | columns
         backend.begin(
             {
                 name: torch.from_numpy(np.ascontiguousarray(c.astype(np.int64) if c.dtype.kind == "i" else c)).to(device)

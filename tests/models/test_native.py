@@ -82,7 +82,7 @@ def logits(model: Model, ids: torch.Tensor) -> torch.Tensor:
     zero, table = np.zeros(1, np.int32), np.arange(pool.blocks, dtype=np.int32)[None]
     rows = StepRows(zero, zero, np.array([count], np.int32), 0, table, (zero, zero))
     positions = rows.positions()
-    columns = backend.prepare(rows, positions, rows.places(positions, 16))
+    columns = backend.prepare(rows, positions, rows.places(positions, 16)) | {"sources": positions, "positions": positions}
     with torch.inference_mode():
         backend.begin(HostStaging().send(columns))
         return model.forward(ids, torch.from_numpy(positions).long(), torch.arange(count))

@@ -1,0 +1,33 @@
+"""Programmatic dependent launch: a kernel begins while the one before it ends, and reads what is its own (weights) before it waits.
+
+CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"; from Hopper on. A kernel that is launched so must `wait` before
+it reads what another kernel of the step wrote, and before it writes anything at all.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the kernel before this one is done; and let the one after it begin to wait for this."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def overlap(x: Tensor) -> dict[str, Any]:
+    """How to launch a kernel on the device of x that begins with `wait(OVERLAP)`."""
+    return {"OVERLAP": True, "launch_pdl": True} if x.is_cuda and _can_overlap(x.device) else {"OVERLAP": False}
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
