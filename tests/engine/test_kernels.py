@@ -172,7 +172,7 @@ def test_the_gate_of_a_feed_forward(activation: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "norm", "add", "activation"),
-    [(1, 1, 0, None), (2, 0, 1, None), (5, 1, 0, None), (16, 0, 1, None), (2, 1, 0, "silu"), (16, 1, 0, "silu")],
+    [(1, 1, 0, None), (2, 0, 1, None), (2, 1, 0, "silu")],
 )
 def test_a_product_of_a_few_rows_with_what_surrounds_it(
     rows: int, norm: int, add: int, activation: str | None, bias: bool, dtype: torch.dtype

@@ -106,7 +106,7 @@ def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
 
 @pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "biases"])
-@pytest.mark.parametrize("tokens", [2, 9, 17])  # on either side of where products change
+@pytest.mark.parametrize("tokens", [2, 9])  # on either side of where products change
 def test_in_half_precision_it_errs_no_more_than_transformers(name: str, tokens: int) -> None:
     from penstock.engine.attention.triton import TritonAttention
 
