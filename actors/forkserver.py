@@ -85,19 +85,25 @@ class ForkServer:
         self._process.wait()
 
 
-def preload(model: str) -> None:
+def preload(model: str, decoder: str) -> None:
     """Import what runs a model. The model itself is opened by the executor alone, and errors in it are its to report."""
     with suppress(Exception):  # whatever it is, torch that is not installed for one, the executor meets it too, and says so
         for name in HEAVY:
             importlib.import_module(name)
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
+        from penstock.engine.model.decoder import FAMILIES
         from penstock.engine.model.spec import read_spec
         from penstock.engine.open import model_folder
 
-        folder = read_spec(model_folder(model), weights="random").folder
+        spec = read_spec(model_folder(model), weights="random")
+        config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
+        if spec.model_type in FAMILIES and decoder != "adopted":
+            return  # it needs nothing of the family's own code
+        from transformers import AutoModelForCausalLM
+
         # Looking a class up imports its module.
-        AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))]
+        AutoModelForCausalLM._model_mapping[type(config)]
         # It compiles a thousand patterns of weight names, of all families, at the first call: a third of what tiny takes to load.
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
 
@@ -141,7 +147,7 @@ def main() -> None:
         post = post_from_json(message.decode())
         if post.kind == "executor" and post.config.executor != "mock" and not loaded:
             loaded = True
-            preload(post.config.model)
+            preload(post.config.model, post.config.decoder)
         gc.collect()
         gc.freeze()  # nothing that is shared is moved about by a collection in a child
         fork_actor(post, descriptors[0], control)

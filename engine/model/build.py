@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
 
 from penstock.engine.model.adopt import AdoptedModel
 from penstock.engine.model.base import Model
 from penstock.engine.model.decoder import FAMILIES, read_decoder
-from penstock.engine.model.load import load_model
+from penstock.engine.model.load import DTYPES, load_model, read_config
 from penstock.engine.model.native import NativeModel
 from penstock.engine.model.spec import ModelError, ModelSpec
+from penstock.engine.model.weights import draw_weights, read_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def build_model(spec: ModelSpec, device: torch.device, decoder: str = "auto") -> Model:
     """Load the weights of `spec` and build its model. `decoder` is "auto", "native" or "adopted". Raises `ModelError`: as `load_model`
     does, and unsupported_model for a family that neither way, or not the one asked for, can run."""
-    module = load_model(spec, device)
-    config = module.config
+    config = read_config(spec)
     found = None if decoder == "adopted" else read_decoder(config, device)
+    if found is not None and (weights := _weights(spec, config, device)) is not None:
+        return NativeModel(found, weights)
+    if found is None and decoder == "native":
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError("unsupported_model", f"{spec.model_type}: the native decoder runs plain forms of {known}; use decoder=auto")
+    module = load_model(spec, device)
     if found is None:
-        if decoder == "native":
-            known = ", ".join(sorted(FAMILIES))
-            raise ModelError("unsupported_model", f"{spec.model_type}: the native decoder runs plain forms of {known}; use decoder=auto")
         return AdoptedModel(module)
     weights = {name: weight.detach() for name, weight in module.state_dict().items()}
     del module  # so that each weight is freed once it is packed
     return NativeModel(found, weights)
+
+
+def _weights(spec: ModelSpec, config: PreTrainedConfig, device: torch.device) -> dict[str, Tensor] | None:
+    dtype = DTYPES[spec.dtype]
+    return draw_weights(config, dtype, device, spec.seed) if spec.random else read_weights(spec.folder, config, dtype, device)

@@ -9,9 +9,20 @@ import torch
 from penstock.engine.model.spec import ModelError, ModelSpec, weight_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_config(spec: ModelSpec) -> PreTrainedConfig:
+    """As transformers understands it. Raises `ModelError` (unsupported_model)."""
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError("unsupported_model", f"{spec.model_type}: this version of transformers cannot read its config: {error}") from error
+    return config
 
 
 def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
@@ -19,12 +30,9 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
 
     Code that comes with a model is never run. Raises `ModelError`: unsupported_model, broken_config, broken_weights, out_of_memory.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError("unsupported_model", f"{spec.model_type}: this version of transformers cannot read its config: {error}") from error
+    config = read_config(spec)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError("unsupported_model", f"{spec.model_type}: transformers knows no causal language model of this family")
     try:

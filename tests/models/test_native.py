@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from penstock.engine.attention.base import KVPool, StepRows
@@ -20,6 +21,7 @@ from penstock.engine.model.decoder import read_decoder
 from penstock.engine.model.native import NativeModel
 from penstock.engine.model.rotary import rotate
 from penstock.engine.model.spec import ModelError, read_spec
+from penstock.engine.model.weights import draw_weights, read_weights, weight_shapes
 from penstock.engine.staging import HostStaging
 
 from .test_families import COMMON, FAMILIES, WINDOW
@@ -103,6 +105,56 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
     ids = torch.randint(1, 131, (100,), generator=torch.Generator().manual_seed(3))
     expected = module(ids[None]).logits[0]
     torch.testing.assert_close(logits(native(module), ids), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, (family, _) in CONFIGS.items() if family not in ADOPTED])
+def test_weights_are_read_straight_from_their_files(name: str, tmp_path: Path) -> None:
+    module = make(name)
+    module.save_pretrained(tmp_path)
+    # A dictionary of a module has a tied head twice.
+    named = {key: tuple(weight.shape) for key, weight in module.state_dict().items()}
+    if module.config.tie_word_embeddings:
+        del named["lm_head.weight"]
+    assert weight_shapes(module.config) == named
+    read = read_weights(tmp_path, module.config, torch.float32, CPU)
+    assert read is not None
+    assert read.keys() == named.keys()
+    assert all(torch.equal(weight, module.state_dict()[key]) for key, weight in read.items())
+    model = build_model(read_spec(str(tmp_path)), CPU)
+    assert isinstance(model, NativeModel)
+    ids = torch.arange(1, 40)
+    torch.testing.assert_close(logits(model, ids), logits(native(module), ids), atol=0, rtol=0)
+
+
+def test_weights_that_are_not_as_expected_are_left_to_the_familys_own_loading(tmp_path: Path) -> None:
+    module = make("llama")
+    module.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"  # old checkpoints have it, and nothing needs it
+    save_file(whole | {name: torch.ones(8)}, path, metadata={"format": "pt"})
+    assert read_weights(tmp_path, module.config, torch.float32, CPU) is None
+    ids = torch.arange(1, 40)
+    got = logits(build_model(read_spec(str(tmp_path)), CPU), ids)
+    torch.testing.assert_close(got, logits(native(module), ids), atol=0, rtol=0)
+    for change in ({"model.norm.weight": None}, {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 3)}):
+        save_file({key: weight for key, weight in (whole | change).items() if weight is not None}, path, metadata={"format": "pt"})
+        with pytest.raises(ModelError) as refusal:
+            build_model(read_spec(str(tmp_path)), CPU)
+        assert refusal.value.code == "broken_weights"
+
+
+def test_weights_are_drawn_from_the_seed_and_leave_no_trace() -> None:
+    config = make("gemma3_text").config
+    state = torch.random.get_rng_state()
+    first, again, other = (draw_weights(config, torch.float32, CPU, seed) for seed in (7, 7, 8))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    assert float(first["model.embed_tokens.weight"].std()) == pytest.approx(config.initializer_range, rel=0.1)
+    decoder = read_decoder(config, CPU)
+    assert decoder is not None
+    assert logits(NativeModel(decoder, first), torch.arange(1, 40)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text", "olmo2"])
