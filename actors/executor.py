@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from queue import SimpleQueue
 from typing import Any
 
 import zmq
 
-from penstock.actors.actor import SCHEDULER, Actor
+from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor
 from penstock.actors.columns import done_from_result, int32, plan_from_step
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Refusal
@@ -17,6 +18,8 @@ from penstock.actors.messages import INSIDE, Step, StepDone
 from penstock.engine.model.spec import ModelError
 from penstock.engine.open import open_mock, open_model
 from penstock.engine.plan import Pending, StepResult, StepRunner
+
+IDLE_S = 0.05  # without a step: then there is time to prepare for others
 
 
 class ExecutorActor(Actor):
@@ -27,6 +30,7 @@ class ExecutorActor(Actor):
         self.handlers |= {Step: self._step, StepDone: self._check}
         self.awaits[Step] = lambda step: ((SCHEDULER, step.scheduler),)
         self.runner, facts = self._open_runner()
+        self.preparing, self.asked = True, 0.0  # whether there may be something to prepare, and when the last step came
         if facts["device"] == "cuda":
             self.results = Results(self.context, self.post.address)
         return facts
@@ -42,6 +46,7 @@ class ExecutorActor(Actor):
         scheduler = self.peers.get(SCHEDULER)
         if step.executor != self.post.incarnation or scheduler is None or step.scheduler != scheduler.incarnation:
             return  # from a scheduler that is no more
+        self.asked = time.monotonic()
         pending = self.runner.launch(plan_from_step(step))
         if self.results is not None:
             self.results.put(scheduler.address, step, pending)
@@ -50,6 +55,18 @@ class ExecutorActor(Actor):
             self._check(done)
             self.mail.send(SCHEDULER, done)
 
+    def after(self) -> None:
+        if self.preparing and not self.waiting and time.monotonic() - self.asked > IDLE_S:
+            self.preparing = self.runner.prepare()
+
+    def wake_in(self) -> float:
+        return IDLE_S if self.preparing else HEARTBEAT_S
+
+    @property
+    def waiting(self) -> int:
+        """Launched steps whose results another thread awaits."""
+        return 0 if self.results is None else self.results.waiting
+
     def _check(self, done: StepDone) -> None:
         """A step that failed leaves its slots undefined: this incarnation ends, and the requests are handed to the next one."""
         if done.error is not None:
@@ -57,8 +74,8 @@ class ExecutorActor(Actor):
             raise Refusal(code, f"step {done.step}: {done.error}", actor=self.kind)
 
     def load(self) -> dict[str, Any]:
-        """`in_flight`: launched steps whose results another thread awaits; one that never ends shows, although this loop goes on."""
-        return {"in_flight": self.results.waiting} if self.results is not None else {}
+        """`in_flight`: a step that never ends shows, although this loop goes on."""
+        return {"in_flight": self.waiting} if self.results is not None else {}
 
     def finish(self) -> None:
         if self.results is not None:

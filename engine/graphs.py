@@ -128,6 +128,17 @@ class StepGraphs:
         graph.replay()
         return graph.out[:samples]
 
+    def prepare(self) -> bool:
+        """Capture one of the graphs that steps are likely to need. Returns whether there are more. Raises `CannotRecord`."""
+        few = self._samples(1, 0, chunks=True)
+        decodes = [Size(rows, rows, chunks=False, plain=True) for rows in self.rows]
+        mixed = [Size(tokens, few, chunks=True, plain=True) for tokens in self.tokens if tokens <= MANY]
+        missing = [size for size in (*decodes, *mixed) if size not in self._graphs]
+        for size in missing[:1]:
+            self._capture(size)
+            self._seen[size.tokens] += size.chunks
+        return len(missing) > 1
+
     def give(self, ids: Tensor) -> Replayed:
         """Send the ids of the step that was launched last to the host."""
         there, event = self._turn.ids[: len(ids)], self._turn.event

@@ -62,6 +62,9 @@ class MockRunner:
         seconds = self.pace * (1 + plan.query_tokens / PACED)
         return MockPending(StepResult(step=plan.step, ids=ids, seconds=seconds), seconds)
 
+    def prepare(self) -> bool:
+        return False
+
 
 def _mix(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """A number for each row, from all three. In 64 bits, modulo their size."""

@@ -88,3 +88,6 @@ class StepRunner(Protocol):
 
     def launch(self, plan: StepPlan) -> Pending:
         """Start a step; return before it is done if the device allows it."""
+
+    def prepare(self) -> bool:
+        """While there is no step: do a little of what later ones would have to wait for. Returns whether there is more of it."""

@@ -108,6 +108,15 @@ class Runner:
         except RuntimeError as error:  # what torch raises, out of memory included
             return Launched(plan.step, started, places, None, error=f"{type(error).__name__}: {error}")
 
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Capture another graph, if there are graphs, between two steps. Returns whether there are more to capture."""
+        try:
+            return self.graphs is not None and self.graphs.prepare()
+        except CannotRecord:
+            self.graphs = None
+            return False
+
     def _columns(self, plan: StepPlan, order: Rows, sampling: Rows) -> Columns:
         """What the model and its attention must know of a step. `tokens` are ids, or below 0: the last one of the slot in `sources`."""
         written = (plan.table_slots, plan.table_columns)

@@ -81,6 +81,26 @@ def test_a_run_with_the_kernels_gives_the_tokens_of_a_plain_one(name: str) -> No
 
 
 @pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+def test_graphs_are_captured_one_by_one_while_there_is_no_step_and_then_no_more() -> None:
+    module = make("llama").to(DEVICE)
+    decoder = read_decoder(module.config, DEVICE)
+    assert decoder is not None
+    model = NativeModel(decoder, dict(module.state_dict()))
+    runner = Runner(model, RunnerConfig(slots=3, blocks=8, columns=2, attention="triton", graphs=0))
+    assert not runner.prepare(), "without graphs there is nothing to prepare"
+    runner.graphs = graphs = sized(runner)
+    while runner.prepare():
+        pass
+    prepared = set(graphs._graphs)
+    assert {size.tokens for size in prepared if not size.chunks} == {1, 2, 3}
+    assert {size.tokens for size in prepared if size.chunks} == set(graphs.tokens)
+    assert not runner.prepare()
+    requests = [request(i, [5 + i, 6, 7], 4, Sampler(temperature=0.5 * i, seed=i)) for i in range(3)]
+    run(runner, SchedulerConfig(slots=3, blocks=8, token_budget=16, max_model_len=32), [requests])
+    assert set(graphs._graphs) == prepared
+
+
+@pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
 def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
     from penstock.engine.graphs import StepGraphs
 
