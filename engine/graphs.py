@@ -85,7 +85,7 @@ class StepGraphs:
         self.rows = sizes(self.nobody)
         self.tokens = coarse(max(most, self.nobody))
         largest = Size(self.tokens[-1], self.nobody, chunks=True, plain=True)
-        cells = sum(length for _, length, _ in self._columns(largest).values())
+        cells = words_of(self._columns(largest))
         self._words = torch.zeros(cells, dtype=torch.int64, device=last.device)
         on_cuda = last.device.type == "cuda"
         self._turns = [
@@ -98,26 +98,26 @@ class StepGraphs:
         ]
         self._turn = self._turns[0]
         self._graphs: dict[Size, Graph] = {}
-        self._seen: Counter[int] = Counter()
+        self._seen: Counter[Size] = Counter()
+        self._unfit: set[Size] = set()  # there was no memory for them
+        self._logits: Tensor | None = None  # of a step that ends with them: one place for all graphs
 
-    def fits(self, tokens: int, decodes: int) -> bool:
-        """Whether a step is to be run here. Capturing takes longer than a step by itself: what is not decodes alone is captured when it
-        comes the second time, and a large one only if it fills most of its size."""
-        if decodes == tokens:
-            return True
-        at = bisect_left(self.tokens, tokens)
-        if at == len(self.tokens) or (tokens > MANY and tokens < FULL * self.tokens[at]):
-            return False
-        self._seen[self.tokens[at]] += 1
-        return self._seen[self.tokens[at]] > 1
+    def find(self, columns: Columns, *, plain: bool) -> Size | None:
+        """The size at which a step is to be run here, if it is. Capturing takes longer than a step by itself: what is not decodes alone is
+        captured when it comes the second time, and a large one only if it fills most of its size."""
+        tokens, samples, chunks = len(columns["positions"]), len(columns["sample_slots"]), "tokens" in columns
+        sizes = self.tokens if chunks else self.rows
+        at = bisect_left(sizes, tokens)
+        if at == len(sizes) or (tokens > MANY and tokens < FULL * sizes[at]):
+            return None
+        size = Size(sizes[at], self._samples(samples, sizes[at]) if chunks else sizes[at], chunks, plain)
+        self._seen[size] += 1
+        known = size in self._graphs or not chunks or self._seen[size] > 1
+        return size if known and size not in self._unfit else None
 
-    def run(self, columns: Columns, decodes: int, *, plain: bool) -> Tensor:
-        """Launch a step. Returns the ids `[samples]` if `plain`, else the logits `[samples, vocab_size]`; they stay until the next call.
-        Raises `CannotRecord`."""
-        tokens, samples = len(columns["positions"]), len(columns["sample_slots"])
-        chunks = decodes < tokens
-        at = bisect_left(self.tokens if chunks else self.rows, tokens)
-        size = Size((self.tokens if chunks else self.rows)[at], self._samples(samples, at, chunks), chunks, plain)
+    def run(self, size: Size, columns: Columns) -> Tensor:
+        """Launch a step. Returns the ids `[samples]` if it is `plain`, else the logits `[samples, vocab_size]`; they stay until the next
+        call. Raises `CannotRecord`."""
         graph = self._graphs.get(size) or self._capture(size)
         turn = self._turn = self._turns.pop(0)
         self._turns.append(turn)
@@ -125,18 +125,18 @@ class StepGraphs:
             turn.event.synchronize()
         fill_up(turn.words.numpy(), graph.columns, columns)
         self._words[: graph.words].copy_(turn.words[: graph.words], non_blocking=True)
+        if turn.event is not None:
+            turn.event.record()
         graph.replay()
-        return graph.out[:samples]
+        return graph.out[: len(columns["sample_slots"])]
 
     def prepare(self) -> bool:
         """Capture one of the graphs that steps are likely to need. Returns whether there are more. Raises `CannotRecord`."""
-        few = self._samples(1, 0, chunks=True)
         decodes = [Size(rows, rows, chunks=False, plain=True) for rows in self.rows]
-        mixed = [Size(tokens, few, chunks=True, plain=True) for tokens in self.tokens if tokens <= MANY]
-        missing = [size for size in (*decodes, *mixed) if size not in self._graphs]
+        mixed = [Size(tokens, self._samples(1, tokens), chunks=True, plain=True) for tokens in self.tokens if tokens <= MANY]
+        missing = [size for size in (*decodes, *mixed) if size not in self._graphs and size not in self._unfit]
         for size in missing[:1]:
             self._capture(size)
-            self._seen[size.tokens] += size.chunks
         return len(missing) > 1
 
     def give(self, ids: Tensor) -> Replayed:
@@ -147,10 +147,10 @@ class StepGraphs:
             event.record()
         return Replayed(there, event)
 
-    def _samples(self, samples: int, at: int, chunks: bool) -> int:
-        if not chunks:
-            return self.rows[at]
-        return min(16, self.nobody) if samples <= 16 else self.nobody
+    def _samples(self, samples: int, tokens: int) -> int:
+        """Of a step with chunks: few, or as many as there can be."""
+        most = min(self.nobody, tokens)
+        return min(16, most) if samples <= 16 else most
 
     def _columns(self, size: Size) -> dict[str, tuple[int, int, int]]:
         lengths = {"sources": (size.tokens, self.nobody), "positions": (size.tokens, 0), "decodes": (1, 0)}
@@ -161,7 +161,7 @@ class StepGraphs:
         places, end = {}, 0
         for name, (length, empty) in lengths.items():
             places[name] = (end, length, empty)
-            end += length
+            end += length + length % 2  # addresses are multiples of 16 bytes: Triton compiles another kernel for those that are not
         return places
 
     def _capture(self, size: Size) -> Graph:
@@ -176,14 +176,21 @@ class StepGraphs:
         def step() -> Tensor:
             self.attention.begin_sized(sent, self.nobody if size.chunks else size.tokens, self.attention.longest)
             logits = run_model(self.model, self.last, sent)
-            return sample_rows(logits, temperature, sent["draw.keys"], self.last, sent["sample_slots"]) if size.plain else logits
+            if size.plain:
+                return sample_rows(logits, temperature, sent["draw.keys"], self.last, sent["sample_slots"])
+            if self._logits is None:
+                self._logits = logits.new_empty((self.nobody, logits.shape[1]))
+            return self._logits[: size.samples].copy_(logits)
 
-        words = sum(length for _, length, _ in columns.values())
         try:
-            captured = self._graphs[size] = Graph(columns, words, *self.record(step))
-        except RuntimeError as error:
-            raise CannotRecord(f"a step of {size} cannot be recorded: {error}") from error
-        return captured
+            replay, out = self.record(step)
+        except torch.OutOfMemoryError as error:
+            self._unfit.add(size)
+            raise CannotRecord(f"no memory to record {size}: {error}", lasting=False) from error
+        except Exception as error:  # Triton's errors have no base but this; what a step cannot bear, it says when it is run by itself
+            raise CannotRecord(f"{size} cannot be recorded: {type(error).__name__}: {error}", lasting=True) from error
+        graph = self._graphs[size] = Graph(columns, words_of(columns), replay, out)
+        return graph
 
 
 class CudaRecord:
@@ -196,17 +203,23 @@ class CudaRecord:
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            step()
-            torch.cuda.empty_cache()  # what it took: a graph has memory of its own, and cannot ask for this while it is recorded
-            # Other threads go on meanwhile: they wait for the events of earlier steps.
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            try:
-                out = step()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                step()
+                torch.cuda.empty_cache()  # what it took: a graph has memory of its own, and cannot ask for this while it is recorded
+                # Other threads go on meanwhile: they wait for the events of earlier steps.
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    out = step()
+                finally:
+                    graph.capture_end()
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay, out
+
+
+def words_of(columns: Mapping[str, tuple[int, int, int]]) -> int:
+    return max(at + length + length % 2 for at, length, _ in columns.values())
 
 
 def fill_up(words: np.ndarray, places: Mapping[str, tuple[int, int, int]], columns: Columns) -> None:

@@ -14,6 +14,7 @@ from penstock.engine.model.spec import ModelError
 from penstock.engine.rehearsal import run_worst_case
 from penstock.engine.runner import Runner, RunnerConfig
 
+GRAPHS = 256 * 2**20  # bytes for what the driver keeps of them
 SPARE = 64 * 2**20  # bytes left free on a GPU, beside penalty counts, for what allocates later
 
 
@@ -39,7 +40,9 @@ class Workload:
         )  # fmt: skip
 
 
-def count_blocks(model: Model, work: Workload, memory: float, *, blocks: int | None = None, attention: str = "auto") -> int:
+def count_blocks(
+    model: Model, work: Workload, memory: float, *, blocks: int | None = None, attention: str = "auto", graphs: bool = True
+) -> int:
     """The number of KV blocks to allocate.
 
     `memory` is the share of the device's memory that may be used in all (above 0, to 1), or bytes (above 1). `blocks` is a number asked
@@ -50,7 +53,7 @@ def count_blocks(model: Model, work: Workload, memory: float, *, blocks: int | N
     each = block_bytes(model.layers, work.block_size, model.dtype)
     needed = work.columns
     if blocks is None:
-        free = _cuda_bytes(model, work, memory, attention) if model.device.type == "cuda" else _cpu_bytes(memory)
+        free = _cuda_bytes(model, work, memory, attention, graphs) if model.device.type == "cuda" else _cpu_bytes(memory)
         blocks = min(max(free, 0) // each, work.slots * work.columns)
         found = f"{max(free, 0) / 2**20:.0f} MiB are left for the KV cache, {blocks} blocks of {work.block_size} tokens"
     else:
@@ -90,7 +93,7 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str) -> int:
+def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str, graphs: bool) -> int:
     """Bytes left on the device: all that may be used, less what others and the weights take, less the peak of a worst-case step."""
     device = model.device
     torch.cuda.empty_cache()
@@ -99,7 +102,7 @@ def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str) -> 
     torch.cuda.reset_peak_memory_stats(device)
     needed = -(-work.token_budget // work.block_size) + work.slots
     try:
-        runner = Runner(model, work.config(max(needed, work.columns), attention=attention))
+        runner = Runner(model, work.config(max(needed, work.columns), attention=attention, graphs=False))
         pool = sum(stack.nbytes for stack in runner.pool.stacks)
         run_worst_case(runner, work.token_budget)
     except torch.OutOfMemoryError as error:
@@ -112,4 +115,6 @@ def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str) -> 
     del runner
     torch.cuda.empty_cache()
     limit = memory * total if memory <= 1 else memory
-    return int(min(limit - (total - free), free) - peak * 1.1 - counts - SPARE)
+    # Graphs have memory of their own, and a step that is none, or none yet, takes as much besides.
+    taken = peak * 2.1 + work.slots * model.vocab_size * model.dtype.itemsize + GRAPHS if graphs else peak * 1.1
+    return int(min(limit - (total - free), free) - taken - counts - SPARE)

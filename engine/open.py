@@ -82,7 +82,7 @@ def open_model(
     work = Workload(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size
     )
-    count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks)
+    count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks, graphs=graphs)
     runner = Runner(built, work.config(count, in_flight=lookahead + 1, graphs=graphs))
     step_s = warm_up(runner) * work.token_budget
     defaults = spec.defaults

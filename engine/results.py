@@ -14,7 +14,11 @@ from penstock.engine.staging import Returned
 
 
 class CannotRecord(RuntimeError):
-    """A step cannot be recorded as a CUDA graph. It has not been run."""
+    """A step cannot be recorded as a CUDA graph. It has not been run. `lasting`: nor can others."""
+
+    def __init__(self, text: str, *, lasting: bool) -> None:
+        super().__init__(text)
+        self.lasting = lasting
 
 
 NO_IDS: Int32 = np.empty(0, np.int32)

@@ -11,6 +11,7 @@ penalties need (device). A decode's input never passes through the host, so the 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ from penstock.engine.sampling import Logprobs, SlotSampler, top_logprobs
 from penstock.engine.staging import Copied, Here, HostStaging, PinnedStaging, Returned, Staging
 
 if TYPE_CHECKING:
-    from penstock.engine.graphs import StepGraphs
+    from penstock.engine.graphs import Size, StepGraphs
 
 PROMPT_LOGITS = 1 << 25  # logits computed at once for prompt log-probabilities
 Rows = npt.NDArray[np.intp]
@@ -99,11 +100,13 @@ class Runner:
             columns = self._columns(plan, order, sampling)
             slots, positions = columns["sample_slots"], (plan.starts + plan.counts)[sampling]
             told = self._prompt_targets(plan)
-            if self.graphs is not None and told is None and self.graphs.fits(len(columns["positions"]), plan.decodes):
+            plain = bool(self.sampler.plain[slots].all())
+            size = None if self.graphs is None or told is not None else self.graphs.find(columns, plain=plain)
+            if self.graphs is not None and size is not None:
                 try:
-                    return Launched(plan.step, started, places, *self._replay(self.graphs, columns, plan.decodes, slots, positions))
-                except CannotRecord:  # this model does something that graphs cannot hold, or there is no memory for them
-                    self.graphs = None
+                    return Launched(plan.step, started, places, *self._replay(self.graphs, size, columns, slots, positions))
+                except CannotRecord as error:
+                    self._without(error)
             return Launched(plan.step, started, places, *self._run(columns, slots, positions, told))
         except RuntimeError as error:  # what torch raises, out of memory included
             return Launched(plan.step, started, places, None, error=f"{type(error).__name__}: {error}")
@@ -113,9 +116,9 @@ class Runner:
         """Capture another graph, if there are graphs, between two steps. Returns whether there are more to capture."""
         try:
             return self.graphs is not None and self.graphs.prepare()
-        except CannotRecord:
-            self.graphs = None
-            return False
+        except CannotRecord as error:
+            self._without(error)
+            return self.graphs is not None
 
     def _columns(self, plan: StepPlan, order: Rows, sampling: Rows) -> Columns:
         """What the model and its attention must know of a step. `tokens` are ids, or below 0: the last one of the slot in `sources`."""
@@ -147,20 +150,25 @@ class Runner:
             back |= {"prompts.ids": top.ids, "prompts.values": top.values, "prompts.ranks": top.ranks}
         return self._give(back), logprob_rows, None if told is None else told.rows
 
+    def _without(self, error: CannotRecord) -> None:
+        """Go on without graphs, if this model does what they cannot hold. Where only one did not fit, the others stay."""
+        if error.lasting:
+            warnings.warn(f"steps are run without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+            self.graphs = None
+
     def _replay(
-        self, graphs: StepGraphs, columns: Columns, decodes: int, slots: Int32, positions: Int32
+        self, graphs: StepGraphs, size: Size, columns: Columns, slots: Int32, positions: Int32
     ) -> tuple[Returned, Int32 | None]:  # fmt: skip
         """A step as a CUDA graph. What it cannot hold, changes of the block table and rarer wishes, goes beside it."""
-        plain = bool(self.sampler.plain[slots].all())
         beside: Columns = {name: columns[name] for name in ("table.at", "table.blocks") if name in columns}
-        if plain:
+        if size.plain:
             columns = columns | self.sampler.prepare_plain(slots, positions)
         else:
             beside |= self.sampler.prepare(slots, positions) | {"sample_slots": slots}
         sent = self.staging.send(beside) if beside else {}
         graphs.attention.write_table(sent)
-        out = graphs.run(columns, decodes, plain=plain)
-        if plain:
+        out = graphs.run(size, columns)
+        if size.plain:
             return graphs.give(out), None
         back, logprob_rows = self._sample(out, sent)
         return self._give(back), logprob_rows

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,6 +79,8 @@ def test_a_run_with_the_kernels_gives_the_tokens_of_a_plain_one(name: str) -> No
         outcomes = run(runner, SchedulerConfig(slots=4, blocks=12, token_budget=23, max_model_len=64), [requests])
         got.append([(outcome.ids, outcome.reason) for outcome in outcomes.values()])
     assert got[0] == got[1]
+    assert runner.graphs is not None, "a step could not be recorded"
+    assert {(size.chunks, size.plain) for size in runner.graphs._graphs} >= {(False, True), (False, False), (True, False)}
 
 
 @pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
@@ -118,10 +121,35 @@ def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
         runner = Runner(model, RunnerConfig(slots=2, blocks=4, columns=2, attention="triton", graphs=0))
         if graphs:
             runner.graphs = StepGraphs(model, runner.attention, runner.last, most=32, in_flight=3, record=record)
-        outcomes = run(runner, SchedulerConfig(slots=2, blocks=4, token_budget=16, max_model_len=32), [requests])
+        with pytest.warns(RuntimeWarning, match="without CUDA graphs") if graphs else nullcontext():
+            outcomes = run(runner, SchedulerConfig(slots=2, blocks=4, token_budget=16, max_model_len=32), [requests])
         got.append([outcome.ids for outcome in outcomes.values()])
         assert runner.graphs is None
     assert got[0] == got[1]
+
+
+@pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+def test_a_size_that_memory_has_no_room_for_is_run_step_by_step_and_the_others_stay() -> None:
+    module = make("llama").to(DEVICE)
+    decoder = read_decoder(module.config, DEVICE)
+    assert decoder is not None
+    runner = Runner(
+        NativeModel(decoder, dict(module.state_dict())), RunnerConfig(slots=3, blocks=8, columns=2, attention="triton", graphs=0)
+    )
+    runner.graphs = graphs = sized(runner)
+    record = graphs.record
+
+    def small(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        replay, out = record(step)
+        if len(out) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return replay, out
+
+    graphs.record = small
+    requests = [request(i, [5 + i, 6, 7], 3 + i) for i in range(3)]
+    run(runner, SchedulerConfig(slots=3, blocks=8, token_budget=16, max_model_len=32), [requests])
+    assert runner.graphs is graphs
+    assert {size.tokens for size in graphs._graphs if not size.chunks} == {1, 3}
 
 
 @pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
