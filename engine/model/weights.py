@@ -18,7 +18,7 @@ from penstock.engine.model.spec import ModelError, weight_files
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-THREADS = 8  # one alone copies from pageable memory at a quarter of what the bus has
+THREADS = 8  # one alone copies 22 GB/s from memory that is not pinned, of the 55 that an H200 can take
 BIASED = frozenset({"llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2"})  # where `attention_bias` says so, all four of them
 
 Shapes = dict[str, tuple[int, ...]]
@@ -94,8 +94,8 @@ def read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, dev
         def read(part: list[tuple[Path, str]]) -> dict[str, Tensor]:
             weights: dict[str, Tensor] = {}
             for path in dict.fromkeys(path for path, _ in part):
-                with safe_open(path, framework="pt", device=str(device)) as file:
-                    weights |= {name: file.get_tensor(name).to(dtype) for at, name in part if at == path}
+                with safe_open(path, framework="pt") as file:
+                    weights |= {name: file.get_tensor(name).to(device, dtype) for at, name in part if at == path}
             return weights
 
         with ThreadPoolExecutor(THREADS) as pool:
