@@ -1,8 +1,8 @@
 """Paged attention of decodes in Triton: one query a row, whose keys are split among programs where rows alone do not fill the device.
 
-Online softmax over tiles of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). The query heads that share a KV
-head are rows of the same tile, so a key is loaded once for all of them. The program of a row that ends last merges the splits
-(flash-decoding), so there is no second launch. How long a row is is read on the device: a launch fits any lengths, and a CUDA graph too.
+The query heads that share a KV head are rows of the same tile, so a key is loaded once for all of them. The program of a row that ends
+last merges the splits (flash-decoding), so there is no second launch. How long a row is is read on the device: a launch fits any lengths,
+and a CUDA graph too.
 
 Pool: keys `[blocks, kv_heads, block_size, dim]`, values alike. Row r's query is at position `starts[r]` of its sequence, whose blocks are
 `table[slots[r]]`. `slots` and `starts` are int64, `table` is int32. Loads are masked: what was never written cannot matter.
@@ -19,10 +19,9 @@ from torch import Tensor
 
 from penstock.engine.attention.base import LayerShape
 from penstock.engine.kernels.overlap import overlap, wait
+from penstock.engine.kernels.softmax import LOG2_E, divide, weigh
 
-MANY = 1 << 20  # programs
-MOST_SPLITS = 32  # programs among which the keys of one decode may be split
-LOG2_E = tl.constexpr(1.4426950408889634)
+MOST_SPLITS = 16  # programs among which the keys of one decode may be split
 
 
 @triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
@@ -72,19 +71,11 @@ def _decode(  # type: ignore[no-untyped-def]
         k = tl.load(keys + line[None, :] * DIM + d[:, None], mask=inside[None, :] & (d < DIM)[:, None], other=0.0)
         v = tl.load(values + line[:, None] * VALUE_DIM + e[None, :], mask=inside[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
         scores = tl.dot(queries, k, input_precision="ieee") * scaling
-        if SOFTCAP:
-            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
         seen = inside
         if WINDOW:
             seen = seen & (n > position - window)
-        scores = tl.where(seen[None, :], scores * LOG2_E, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(best - base)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, best, total, shrink = weigh(scores, seen[None, :], softcap, best, total, SOFTCAP)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        best = higher
 
     mine = valid[:, None] & (e < VALUE_DIM)[None, :]
     if SPLIT:
@@ -100,12 +91,7 @@ def _decode(  # type: ignore[no-untyped-def]
             _merge(row.to(tl.int64) * HEADS + kv_head * SHARED, kv_head * SHARED, part_out, part_max, part_sum, out, sinks, splits,
                    SHARED, VALUE_DIM, PADDED_VALUE_DIM, SPLITS, SINKS)  # fmt: skip
     else:
-        if SINKS:
-            sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
-            higher = tl.maximum(best, sink)
-            total = total * tl.exp2(best - higher) + tl.exp2(sink - higher)
-            acc = acc * tl.exp2(best - higher)[:, None]
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = divide(acc, best, total, sinks, head, valid, SINKS)
         line = row.to(tl.int64) * HEADS + head
         tl.store(out + line[:, None] * VALUE_DIM + e[None, :], acc.to(out.dtype.element_ty), mask=mine)
 
@@ -154,7 +140,7 @@ def splits_for(rows: int, kv_heads: int, processors: int, longest: int) -> int:
     """How many splits to make of rows of up to `longest` keys, on a device of so many multiprocessors: none where rows alone are enough
     for nearly all of them, else about four programs for each."""
     programs = max(rows, 1) * kv_heads
-    return 1 if programs > 0.9 * processors else max(1, min(MOST_SPLITS // 2, 4 * processors // programs, -(-longest // 64)))
+    return 1 if programs > 0.9 * processors else max(1, min(MOST_SPLITS, 4 * processors // programs, -(-longest // 64)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +152,11 @@ class Tile:
     stages: int
 
 
-def tile_for(shape: LayerShape, dtype: torch.dtype, programs: int) -> Tile:
-    """Measured best, or near it, at 576 and 2,048 keys: large tiles for the few programs that are one to a multiprocessor."""
+def tile_for(shape: LayerShape, dtype: torch.dtype, whole: int | None) -> Tile:
+    """Measured best, or near it, at 576 and 2,048 keys: large tiles where there are few programs, and each has a `whole` row."""
     if dtype == torch.float32 or max(padded_dim(shape.head_dim), padded_dim(shape.value_dim)) > 128:
         return Tile(32, 4, 2)
-    return Tile(128, 4, 2) if programs <= 512 else Tile(64, 2, 3)
+    return Tile(128, 4, 2) if whole is not None and whole <= 512 else Tile(64, 2, 3)
 
 
 def attend_decodes(
@@ -180,11 +166,11 @@ def attend_decodes(
     """Attend with the first rows of q `[tokens, heads, head_dim]` into the same of out `[tokens, heads, value_dim]`, contiguous.
 
     Any head dimension up to 256, float32, float16 or bfloat16. `tickets` are int32 zeros, at least `[rows * kv_heads]`, and zeros again
-    afterwards. `tile` is for measuring.
+    afterwards.
     """
     heads, kv_heads, dim, value_dim = shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim
     splits, rows = decodes.splits, decodes.rows
-    tile = tile or tile_for(shape, q.dtype, rows * kv_heads if splits == 1 else MANY)
+    tile = tile_for(shape, q.dtype, rows * kv_heads if splits == 1 else None)
     parts = [out, out, out]
     if splits > 1:
         parts = [q.new_empty((rows, heads, splits, *more), dtype=torch.float32) for more in ((value_dim,), (), ())]

@@ -1,8 +1,7 @@
 """Paged attention of prefill chunks in Triton, and keys and values into the pool.
 
-Online softmax over tiles of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135). The query heads that share a KV
-head are rows of the same tile, so a key is loaded once for all of them. Loads are masked before anything is multiplied: what was never
-written cannot matter.
+The query heads that share a KV head are rows of the same tile, so a key is loaded once for all of them. Loads are masked before anything
+is multiplied: what was never written cannot matter.
 
 Pool: keys `[blocks, kv_heads, block_size, head_dim]`, values alike. Query tokens lie one after another: row r's are `firsts[r]` on, at
 positions `starts[r]` on of its sequence, whose blocks are `table[slots[r]]`. All of these are int64, but `table`, which is int32.
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from penstock.engine.attention.base import LayerShape
 from penstock.engine.kernels.decode_attention import padded_dim
+from penstock.engine.kernels.softmax import divide, weigh
 
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
@@ -83,27 +83,14 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         line = (block * kv_heads + kv_head) * SIZE + n % SIZE
         k = tl.load(keys + line[None, :] * dim + d[:, None], mask=inside[None, :] & (d < dim)[:, None], other=0.0)
         scores = tl.dot(queries, k, input_precision="ieee") * scaling
-        if SOFTCAP:
-            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
         seen = inside[None, :] & (n[None, :] <= position[:, None])
         if WINDOW:
             seen = seen & (n[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores * 1.4426950408889634, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(best - base)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, best, total, shrink = weigh(scores, seen, softcap, best, total, SOFTCAP)
         v = tl.load(values + line[:, None] * value_dim + e[None, :], mask=inside[:, None] & (e < value_dim)[None, :], other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        best = higher
 
-    if SINKS:
-        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
-        higher = tl.maximum(best, sink)
-        total = total * tl.exp2(best - higher) + tl.exp2(sink - higher)
-        acc = acc * tl.exp2(best - higher)[:, None]
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = divide(acc, best, total, sinks, head, valid, SINKS)
     place = (token * heads + head)[:, None] * value_dim + e[None, :]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=valid[:, None] & (e < value_dim)[None, :])
 

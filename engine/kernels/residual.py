@@ -9,8 +9,6 @@ from torch import Tensor
 
 from penstock.engine.kernels.overlap import overlap, wait
 
-WIDEST = 16_384  # a row that one program can hold in its registers
-
 
 @triton.jit(do_not_specialize=["h_row", "x_row"])  # type: ignore[untyped-decorator]
 def _join(  # type: ignore[no-untyped-def]
