@@ -1,14 +1,11 @@
 """The Triton kernels against float64, on fresh random inputs.
 
-Where there is no GPU they run under Triton's interpreter, which must be chosen before anything imports Triton; so this file then runs
-itself again in a process of its own. The interpreter's bfloat16 products are wrong, so bfloat16 is tested on a GPU only.
+The bfloat16 products of Triton's interpreter are wrong, so bfloat16 is tested on a GPU only.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,13 +18,10 @@ from penstock.engine.scheduler import SchedulerConfig
 
 from .attending import make_step
 from .driver import request, run
+from .interpreted import DEVICE, GPU, assert_passes, elsewhere, here
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-READY = GPU or os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-here = pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
 
 SHAPES = {
     "64": LayerShape(4, 2, 64, 64, 0.125),
@@ -42,14 +36,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.skipif(READY, reason="the kernels run in this process")
+@elsewhere
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    assert_passes(__file__)
 
 
 @here

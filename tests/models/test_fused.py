@@ -1,13 +1,7 @@
-"""The native decoder with its Triton kernels against its plain form, over whole runs. On CUDA decode steps are graphs.
-
-Where there is no GPU the kernels run under Triton's interpreter, in a process of its own: see `tests/engine/test_kernels.py`.
-"""
+"""The native decoder with its Triton kernels against its plain form, over whole runs. On CUDA decode steps are graphs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -24,25 +18,26 @@ from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
 
 from ..engine.driver import request, run  # noqa: TID252
+from ..engine.interpreted import DEVICE, GPU, assert_passes, elsewhere, here  # noqa: TID252
 from .test_native import make
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from penstock.engine.graphs import StepGraphs
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-READY = GPU or os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ["qwen3", "gemma2", "gemma3_text", "olmo2", "partial", "biases"]
 
 
-@pytest.mark.skipif(READY, reason="the kernels run in this process")
+@elsewhere
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    assert_passes(__file__)
+
+
+def build(module: PreTrainedModel) -> NativeModel:
+    decoder = read_decoder(module.config, DEVICE)
+    assert decoder is not None
+    return NativeModel(decoder, dict(module.state_dict()))
 
 
 def sized(runner: Runner) -> StepGraphs:
@@ -56,13 +51,10 @@ def sized(runner: Runner) -> StepGraphs:
     return StepGraphs(runner.model, runner.attention, runner.last, most=32, in_flight=3, record=record)
 
 
-@pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+@here
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_with_the_kernels_gives_the_tokens_of_a_plain_one(name: str) -> None:
-    module = make(name).to(DEVICE)
-    decoder = read_decoder(module.config, DEVICE)
-    assert decoder is not None
-    model = NativeModel(decoder, dict(module.state_dict()))
+    model = build(make(name).to(DEVICE))
     # Greedy, drawn, with wishes that the sampling in a graph does not know, and one that ends before the others.
     top, penalized = Sampler(temperature=0.7, seed=2, top_k=5), Sampler(presence_penalty=0.5)
     samplers = [Sampler(), Sampler(temperature=0.9, seed=1), top, penalized, Sampler()]
@@ -83,12 +75,9 @@ def test_a_run_with_the_kernels_gives_the_tokens_of_a_plain_one(name: str) -> No
     assert {(size.chunks, size.plain) for size in runner.graphs._graphs} >= {(False, True), (False, False), (True, False)}
 
 
-@pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+@here
 def test_graphs_are_captured_one_by_one_while_there_is_no_step_and_then_no_more() -> None:
-    module = make("llama").to(DEVICE)
-    decoder = read_decoder(module.config, DEVICE)
-    assert decoder is not None
-    model = NativeModel(decoder, dict(module.state_dict()))
+    model = build(make("llama").to(DEVICE))
     runner = Runner(model, RunnerConfig(slots=3, blocks=8, columns=2, attention="triton", graphs=0))
     assert not runner.prepare(), "without graphs there is nothing to prepare"
     runner.graphs = graphs = sized(runner)
@@ -103,7 +92,7 @@ def test_graphs_are_captured_one_by_one_while_there_is_no_step_and_then_no_more(
     assert set(graphs._graphs) == prepared
 
 
-@pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+@here
 def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
     from penstock.engine.graphs import StepGraphs
 
@@ -111,10 +100,7 @@ def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
         step()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    module = make("llama").to(DEVICE)
-    decoder = read_decoder(module.config, DEVICE)
-    assert decoder is not None
-    model = NativeModel(decoder, dict(module.state_dict()))
+    model = build(make("llama").to(DEVICE))
     requests = [request(i, [5 + i, 6, 7], 4, Sampler(temperature=0.5 * i, seed=i)) for i in range(2)]
     got = []
     for graphs in (False, True):
@@ -128,14 +114,10 @@ def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
     assert got[0] == got[1]
 
 
-@pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+@here
 def test_a_size_that_memory_has_no_room_for_is_run_step_by_step_and_the_others_stay() -> None:
-    module = make("llama").to(DEVICE)
-    decoder = read_decoder(module.config, DEVICE)
-    assert decoder is not None
-    runner = Runner(
-        NativeModel(decoder, dict(module.state_dict())), RunnerConfig(slots=3, blocks=8, columns=2, attention="triton", graphs=0)
-    )
+    model = build(make("llama").to(DEVICE))
+    runner = Runner(model, RunnerConfig(slots=3, blocks=8, columns=2, attention="triton", graphs=0))
     runner.graphs = graphs = sized(runner)
     record = graphs.record
 
@@ -152,16 +134,14 @@ def test_a_size_that_memory_has_no_room_for_is_run_step_by_step_and_the_others_s
     assert {size.tokens for size in graphs._graphs if not size.chunks} == {1, 3}
 
 
-@pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+@here
 @pytest.mark.parametrize("name", ["llama", "qwen3", "biases"])
 @pytest.mark.parametrize("tokens", [2, 9])  # on either side of where products change
 def test_in_half_precision_it_errs_no_more_than_transformers(name: str, tokens: int) -> None:
     from penstock.engine.attention.triton import TritonAttention
 
     module = make(name, torch.float16).to(DEVICE)
-    decoder = read_decoder(module.config, DEVICE)
-    assert decoder is not None
-    model = NativeModel(decoder, dict(module.state_dict()))
+    model = build(module)
     pool = KVPool(model.layers, 3, 16, model.dtype, DEVICE)
     backend = TritonAttention(pool, model.layers, slots=1, columns=3)
     model.attach(pool, backend)

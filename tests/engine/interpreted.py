@@ -1,0 +1,29 @@
+"""Tests of Triton kernels: on a GPU if there is one, else under Triton's interpreter.
+
+That must be chosen before anything imports Triton, so a file of such tests then runs itself again in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+READY = GPU or os.environ.get("TRITON_INTERPRET") == "1"
+here = pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+elsewhere = pytest.mark.skipif(READY, reason="the kernels run in this process")
+
+
+def assert_passes(file: str) -> None:
+    """All tests of a file, under the interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", file],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
