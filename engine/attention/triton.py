@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import Columns, Int32, KVPool, LayerAttention, LayerShape, StepRows
-from penstock.engine.kernels.decode_attention import Decodes, attend_decodes, splits_for
+from penstock.engine.kernels.decode_attention import Decodes, Turns, attend_decodes, splits_for
+from penstock.engine.kernels.heads import turn_heads
 from penstock.engine.kernels.paged_attention import Chunks, attend_chunks, queries_in_tile, write_rows
+
+TILE = ("slots", "starts", "firsts", "counts")  # of `Chunks`
 
 
 class TritonAttention:
@@ -50,23 +53,26 @@ class TritonAttention:
             sent |= {"table.at": slots.astype(np.int64) * rows.table.shape[1] + columns, "table.blocks": rows.table[slots, columns]}
         if decodes == len(rows.slots):
             return sent
-        sent |= {"row.slots": rows.slots, "row.starts": rows.starts, "row.firsts": rows.firsts}
         for queries in self.tiles:
             tiles = -(-rows.counts[decodes:] // queries)
             befores = np.repeat(np.cumsum(tiles) - tiles, tiles)
-            sent[f"tile.rows.{queries}"] = np.repeat(np.arange(decodes, len(rows.slots)), tiles)
-            sent[f"tile.offsets.{queries}"] = (np.arange(len(befores)) - befores) * queries
+            row, offsets = np.repeat(np.arange(decodes, len(rows.slots)), tiles), (np.arange(len(befores)) - befores) * queries
+            starts = rows.starts[row] + offsets
+            longest = np.argsort(-starts, kind="stable")  # first: or one of them would run alone at the end
+            tile = {
+                "slots": rows.slots[row], "starts": starts, "firsts": rows.firsts[row] + offsets,
+                "counts": np.minimum(rows.counts[row] - offsets, queries),
+            }  # fmt: skip
+            sent |= {f"tile.{name}.{queries}": column[longest] for name, column in tile.items()}
         return sent
 
     def lengths(self, tokens: int, rows: int, *, chunks: bool) -> dict[str, tuple[int, int]]:
         """The columns of `prepare`, but those of the table, of any step of so many tokens and rows at most: how long they can be, and what
         fills them up so that it does nothing."""
         found = {"places": (tokens, -1)}
-        if chunks:
-            found |= {"row.slots": (rows, rows), "row.starts": (rows, 0), "row.firsts": (rows + 1, 0)}
-            for queries in self.tiles:
-                most = tokens // queries + min(rows, tokens)
-                found |= {f"tile.rows.{queries}": (most, -1), f"tile.offsets.{queries}": (most, 0)}
+        for queries in self.tiles if chunks else ():
+            most = tokens // queries + min(rows, tokens)
+            found |= {f"tile.{name}.{queries}": (most, 0) for name in TILE}
         return found
 
     def write_table(self, columns: Mapping[str, Tensor]) -> None:
@@ -79,18 +85,16 @@ class TritonAttention:
         self.begin_sized(columns, *self._grid)
 
     def begin_sized(self, columns: Mapping[str, Tensor], decodes: int, longest: int) -> None:
-        """`begin`, for up to so many decodes; `longest` only decides how many programs share one. In a step of decodes alone, which has
-        no `row.` columns, slots and starts are those of the tokens."""
+        """`begin`, for up to so many decodes, which are the first tokens; `longest` only decides how many programs share one."""
         self.places = columns["places"]
-        slots, starts = columns.get("row.slots", columns["sources"]), columns.get("row.starts", columns["positions"])
         splits = splits_for(decodes, self.kv_heads, self.processors, longest)
-        self.decodes = Decodes(slots, starts, self.table, columns["decodes"], decodes, splits) if decodes else None
+        self.decodes = (
+            Decodes(columns["sources"], columns["positions"], self.table, columns["decodes"], decodes, splits) if decodes else None
+        )
         self.chunks = {
-            queries: Chunks(
-                slots, starts, columns["row.firsts"], self.table, columns[f"tile.rows.{queries}"], columns[f"tile.offsets.{queries}"]
-            )
+            queries: Chunks(table=self.table, **{name: columns[f"tile.{name}.{queries}"] for name in TILE})
             for queries in self.tiles
-            if f"tile.rows.{queries}" in columns
+            if f"tile.counts.{queries}" in columns
         }
 
     def attend(self, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
@@ -107,4 +111,20 @@ class TritonAttention:
         queries = queries_in_tile(shape.heads // shape.kv_heads, shape.head_dim, q.dtype)
         if queries in self.chunks:
             attend_chunks(q, layer.keys, layer.values, out, self.chunks[queries], shape, sinks)
+        return out
+
+    def attend_fused(
+        self, layer: LayerAttention, qkv: Tensor, weights: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor, positions: Tensor
+    ) -> Tensor:
+        """From a layer's fused product `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads, dim]`: norm and turn the heads, write
+        keys and values, attend. See `engine.kernels.heads.turn_heads`. A step of decodes alone does it all in one launch."""
+        if self.chunks or self.decodes is None:
+            q = turn_heads(qkv, weights, epsilon, cos, sin, positions, self.places, layer.keys, layer.values)
+            return self.attend_written(layer, q)
+        shape = layer.shape
+        out = qkv.new_empty((len(qkv), shape.heads, shape.value_dim))
+        turns = Turns(weights, epsilon, cos, sin, self.places)
+        attend_decodes(
+            qkv.view(len(qkv), -1, shape.head_dim), layer.keys, layer.values, out, self.decodes, self.tickets, shape, None, turns
+        )  # fmt: skip
         return out

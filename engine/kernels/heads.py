@@ -9,7 +9,32 @@ from torch import Tensor
 
 from penstock.engine.kernels.overlap import overlap, wait
 
-TOKENS = 8  # of one head, that a program takes where there are many
+TOKENS = 16  # of one head, that a program takes where there are many
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def turned(  # type: ignore[no-untyped-def]
+    x_at, there, weight_at, cos_at, sin_at, epsilon, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr
+):
+    """Heads normed and turned: float32 `[rows, PADDED_DIM]`, yet to be rounded. `x_at` `[rows, 1]` is where each begins, if it is `there`.
+    The others are where the norm's weights, and the cosines and sines of its position begin: `[rows, 1]`, or one for all."""
+    d = tl.arange(0, PADDED_DIM)
+    # Each dimension beside the one that it is paired with, read again: it is in the cache, and needs no exchange between threads.
+    pair = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
+    turns = d < 2 * PAIRS
+    x = tl.load(x_at + d[None, :], mask=there & (d < DIM)[None, :], other=0.0)
+    other = tl.load(x_at + pair[None, :], mask=there & turns[None, :], other=0.0).to(tl.float32)
+    dtype: tl.constexpr = x.dtype
+    x = x.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + epsilon)[:, None]
+        x = x * scale * tl.load(weight_at + d[None, :], mask=(d < DIM)[None, :], other=0.0).to(tl.float32)
+        other = other * scale * tl.load(weight_at + pair[None, :], mask=turns[None, :], other=0.0).to(tl.float32)
+        x = x.to(dtype).to(tl.float32)
+        other = other.to(dtype).to(tl.float32)
+    c = tl.load(cos_at + (d % PAIRS)[None, :], mask=turns[None, :], other=1.0)
+    s = tl.load(sin_at + (d % PAIRS)[None, :], mask=turns[None, :], other=0.0)
+    return x * c + tl.where(d < PAIRS, -1.0, 1.0)[None, :] * other * s
 
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
@@ -24,30 +49,20 @@ def _turn(  # type: ignore[no-untyped-def]
     there = token < tokens
     d = tl.arange(0, PADDED_DIM)
     mask = there[:, None] & (d < DIM)[None, :]
+    position = tl.load(positions + token, mask=there, other=0)
+    place = tl.load(places + token, mask=there, other=-1)
     wait(OVERLAP)
     source = qkv + token.to(tl.int64)[:, None] * qkv_row + head * DIM
-    x = tl.load(source + d[None, :], mask=mask, other=0.0).to(tl.float32)
     if head < HEADS + KV_HEADS:
-        # Each dimension beside the one that it is paired with, read again: it is in the cache, and needs no exchange between threads.
-        pair = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
-        turns = d < 2 * PAIRS
-        other = tl.load(source + pair[None, :], mask=mask & turns[None, :], other=0.0).to(tl.float32)
-        if NORM:
-            scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + epsilon)[:, None]
-            weight = weights + head * DIM
-            x = x * scale * tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-            other = other * scale * tl.load(weight + pair, mask=turns, other=0.0).to(tl.float32)[None, :]
-            x = x.to(q.dtype.element_ty).to(tl.float32)
-            other = other.to(q.dtype.element_ty).to(tl.float32)
-        position = tl.load(positions + token, mask=there, other=0)
-        angle = position[:, None] * PAIRS + (d % PAIRS)[None, :]
-        c = tl.load(cos + angle, mask=there[:, None] & turns[None, :], other=1.0)
-        s = tl.load(sin + angle, mask=there[:, None] & turns[None, :], other=0.0)
-        x = x * c + tl.where(d < PAIRS, -1.0, 1.0)[None, :] * other * s
-    if head < HEADS:
-        tl.store(q + (token.to(tl.int64)[:, None] * HEADS + head) * DIM + d[None, :], x.to(q.dtype.element_ty), mask=mask)
+        x = turned(
+            source, there[:, None], weights + head * DIM, cos + position[:, None] * PAIRS, sin + position[:, None] * PAIRS, epsilon,
+            DIM, PADDED_DIM, PAIRS, NORM,
+        ).to(q.dtype.element_ty)  # fmt: skip
     else:
-        place = tl.load(places + token, mask=there, other=-1)
+        x = tl.load(source + d[None, :], mask=mask, other=0.0)
+    if head < HEADS:
+        tl.store(q + (token.to(tl.int64)[:, None] * HEADS + head) * DIM + d[None, :], x, mask=mask)
+    else:
         mask = mask & (place >= 0)[:, None]
         kv_head = (head - HEADS) % KV_HEADS
         line = (place // SIZE * KV_HEADS + kv_head) * SIZE + place % SIZE
@@ -76,7 +91,7 @@ def turn_heads(
     _turn[(triton.cdiv(tokens, block), heads + 2 * kv_heads)](
         qkv, q if weights is None else weights, cos, sin, positions, places, q, keys, values, tokens, qkv.stride(0), epsilon,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAIRS=cos.shape[1], SIZE=size, TOKENS=block,
-        PADDED_DIM=triton.next_power_of_2(dim), NORM=weights is not None, num_warps=1 if block == 1 else 4,
+        PADDED_DIM=triton.next_power_of_2(dim), NORM=weights is not None, num_warps=1 if block == 1 else 8,
         **overlap(qkv),
     )  # fmt: skip
     return q

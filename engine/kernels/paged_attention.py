@@ -1,10 +1,10 @@
 """Paged attention of prefill chunks in Triton, and keys and values into the pool.
 
-The query heads that share a KV head are rows of the same tile, so a key is loaded once for all of them. Loads are masked before anything
-is multiplied: what was never written cannot matter.
+The query heads that share a KV head are rows of the same tile, so a key is loaded once for all of them. Most tiles of keys are seen whole
+by all queries of a tile: these are not masked at all. Those at the edges are, before anything is multiplied: what was never written cannot
+matter. A tile of keys begins at a multiple of its size, so how a prompt is cut into chunks does not change what is summed with what.
 
-Pool: keys `[blocks, kv_heads, block_size, head_dim]`, values alike. Query tokens lie one after another: row r's are `firsts[r]` on, at
-positions `starts[r]` on of its sequence, whose blocks are `table[slots[r]]`. All of these are int64, but `table`, which is int32.
+Pool: keys `[blocks, kv_heads, block_size, head_dim]`, values alike; a sequence's blocks are `table[slot]`, int32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from penstock.engine.attention.base import LayerShape
 from penstock.engine.kernels.decode_attention import padded_dim
+from penstock.engine.kernels.overlap import overlap, wait
 from penstock.engine.kernels.softmax import divide, weigh
 
 
@@ -39,73 +40,108 @@ def _write_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attend_tile(  # type: ignore[no-untyped-def]
-    q, keys, values, out, sinks, slots, starts, firsts, tile_rows, tile_offsets, table, columns,
-    q_token, q_head, heads, kv_heads, dim, value_dim, scaling, softcap, window,
-    SHARED: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+def _attend_keys(  # type: ignore[no-untyped-def]
+    low, high, end, best, total, acc, queries, position, kv_head, keys, values, entries, scaling, softcap, window,
+    KV_HEADS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: up to QUERIES tokens of one row, for the SHARED query heads of one KV head."""
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    row = tl.load(tile_rows + tile)
-    if row < 0:
+    """Keys from `low`, a multiple of KEYS, to `high`; there are none from `end` on."""
+    n = tl.arange(0, KEYS)
+    d = tl.arange(0, PADDED_DIM)
+    e = tl.arange(0, PADDED_VALUE_DIM)
+    # Blocks are read a tile ahead, or each tile would wait for them first.
+    next_block = tl.load(entries + (low + n) // SIZE, mask=low + n < end, other=0)
+    for at in tl.range(low, high, KEYS, num_stages=STAGES):
+        block = next_block.to(tl.int64)
+        next_block = tl.load(entries + (at + KEYS + n) // SIZE, mask=at + KEYS + n < end, other=0)
+        line = (block * KV_HEADS + kv_head) * SIZE + n % SIZE
+        inside = at + n < end
+        seen = inside[None, :] & (at + n[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (at + n[None, :] > position[:, None] - window)
+        if MASKED or DIM != PADDED_DIM:
+            k = tl.load(keys + line[:, None] * DIM + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+        else:
+            k = tl.load(keys + line[:, None] * DIM + d[None, :])
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+        weights, best, total, shrink = weigh(scores, seen, scaling, softcap, best, total, SOFTCAP, MASKED)
+        if MASKED or VALUE_DIM != PADDED_VALUE_DIM:
+            v = tl.load(values + line[:, None] * VALUE_DIM + e[None, :], mask=inside[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
+        else:
+            v = tl.load(values + line[:, None] * VALUE_DIM + e[None, :])
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return best, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_tile(  # type: ignore[no-untyped-def]
+    q, keys, values, out, sinks, slots, starts, firsts, counts, table, columns, q_token, q_head, scaling, softcap, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program: some tokens of one row, for the SHARED query heads of one KV head."""
+    kv_head = tl.program_id(0)
+    tile = tl.program_id(1)
+    count = tl.load(counts + tile).to(tl.int32)
+    start = tl.load(starts + tile).to(tl.int32)
+    first = tl.load(firsts + tile)
+    entries = table + tl.load(slots + tile) * columns
+    wait(OVERLAP)
+    if count == 0:
         return
-    offset = tl.load(tile_offsets + tile).to(tl.int32)
-    start = tl.load(starts + row).to(tl.int32) + offset
-    first = tl.load(firsts + row) + offset
-    last = tl.minimum(start + QUERIES, (tl.load(firsts + row + 1) - first).to(tl.int32) + start) - 1
-    slot = tl.load(slots + row)
 
     m = tl.arange(0, ROWS)
     head = kv_head * SHARED + m % SHARED
+    valid = m // SHARED < count
     position = start + m // SHARED
-    valid = (m < QUERIES * SHARED) & (position <= last)
     token = first + m // SHARED
-    d = tl.arange(0, DIM)
-    e = tl.arange(0, VALUE_DIM)
+    d = tl.arange(0, PADDED_DIM)
+    e = tl.arange(0, PADDED_VALUE_DIM)
     queries = tl.load(
-        q + token[:, None] * q_token + head[:, None] * q_head + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0
+        q + token[:, None] * q_token + head[:, None] * q_head + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0
     )
-
-    low = 0
-    if WINDOW:
-        low = tl.maximum(start - window + 1, 0) // SIZE * SIZE
-    high = last + 1
-
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, VALUE_DIM], tl.float32)
-    for at in range(low, high, KEYS):
-        n = at + tl.arange(0, KEYS)
-        inside = n < high
-        block = tl.load(table + slot * columns + n // SIZE, mask=inside, other=0).to(tl.int64)
-        line = (block * kv_heads + kv_head) * SIZE + n % SIZE
-        k = tl.load(keys + line[None, :] * dim + d[:, None], mask=inside[None, :] & (d < dim)[:, None], other=0.0)
-        scores = tl.dot(queries, k, input_precision="ieee") * scaling
-        seen = inside[None, :] & (n[None, :] <= position[:, None])
-        if WINDOW:
-            seen = seen & (n[None, :] > position[:, None] - window)
-        weights, best, total, shrink = weigh(scores, seen, softcap, best, total, SOFTCAP)
-        v = tl.load(values + line[:, None] * value_dim + e[None, :], mask=inside[:, None] & (e < value_dim)[None, :], other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    acc = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
+
+    # All queries see the keys from `whole` to `most`; some see some before, if there is a window, and after.
+    end = start + count
+    whole = 0
+    most = (start + 1) // KEYS * KEYS
+    if WINDOW:
+        low = tl.maximum(start - window + 1, 0) // KEYS * KEYS
+        whole = tl.cdiv(tl.maximum(end - window, 0), KEYS) * KEYS
+        best, total, acc = _attend_keys(
+            low, tl.minimum(whole, end), end, best, total, acc, queries, position, kv_head, keys, values, entries, scaling, softcap, window,
+            KV_HEADS, KEYS, SIZE, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, SOFTCAP, WINDOW, True, 1,
+        )  # fmt: skip
+    best, total, acc = _attend_keys(
+        whole, most, end, best, total, acc, queries, position, kv_head, keys, values, entries, scaling, softcap, window,
+        KV_HEADS, KEYS, SIZE, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, SOFTCAP, WINDOW, False, STAGES,
+    )  # fmt: skip
+    best, total, acc = _attend_keys(
+        tl.maximum(whole, most), end, end, best, total, acc, queries, position, kv_head, keys, values, entries, scaling, softcap, window,
+        KV_HEADS, KEYS, SIZE, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, SOFTCAP, WINDOW, True, 1,
+    )  # fmt: skip
 
     acc = divide(acc, best, total, sinks, head, valid, SINKS)
-    place = (token * heads + head)[:, None] * value_dim + e[None, :]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=valid[:, None] & (e < value_dim)[None, :])
+    place = (token * HEADS + head)[:, None] * VALUE_DIM + e[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=valid[:, None] & (e < VALUE_DIM)[None, :])
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """The prefill chunks of a launch, cut into tiles: `tile_rows` and `tile_offsets` (in tokens from the row's first) say which queries
-    each holds. Tiles of a row below 0 hold none."""
+    """The prefill chunks of a launch, cut into tiles of `queries_in_tile` tokens at most. For each tile, int64: the slot of its sequence,
+    the position of its first token there, where this is in the step's flat list, and how many tokens it has, or none. The block tables
+    are int32 `[slots, columns]`."""
 
     slots: Tensor
     starts: Tensor
     firsts: Tensor
+    counts: Tensor
     table: Tensor
-    tile_rows: Tensor
-    tile_offsets: Tensor
 
 
 def write_rows(new: Tensor, pool: Tensor, places: Tensor) -> None:
@@ -132,17 +168,16 @@ def attend_chunks(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, chunks: 
     Any head dimension up to 256, float32, float16 or bfloat16.
     """
     heads, kv_heads, dim, value_dim = shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim
-    shared = heads // kv_heads
-    padded, padded_value = padded_dim(dim), padded_dim(value_dim)
+    shared, padded, padded_value = heads // kv_heads, padded_dim(dim), padded_dim(value_dim)
     block_rows = _tile_rows(shared, dim, q.dtype)
-    _attend_tile[(len(chunks.tile_rows), kv_heads)](
-        q, keys, values, out, out if sinks is None else sinks, chunks.slots, chunks.starts, chunks.firsts, chunks.tile_rows,
-        chunks.tile_offsets, chunks.table, chunks.table.shape[1], q.stride(0), q.stride(1), heads, kv_heads, dim, value_dim,
-        shape.scaling, shape.softcap or 0.0, shape.window or 0,
-        SHARED=shared, QUERIES=block_rows // shared, ROWS=block_rows, KEYS=32 if q.dtype == torch.float32 or padded > 128 else 64,
-        SIZE=keys.shape[2], DIM=padded, VALUE_DIM=padded_value,
-        SOFTCAP=shape.softcap is not None, WINDOW=shape.window is not None, SINKS=sinks is not None,
-        num_warps=8 if block_rows >= 128 else 4, num_stages=2,
+    small = q.dtype == torch.float32 or max(padded, padded_value) > 128
+    _attend_tile[(kv_heads, len(chunks.slots))](
+        q, keys, values, out, out if sinks is None else sinks, chunks.slots, chunks.starts, chunks.firsts, chunks.counts, chunks.table,
+        chunks.table.shape[1], q.stride(0), q.stride(1), shape.scaling, shape.softcap or 0.0, shape.window or 0,
+        HEADS=heads, KV_HEADS=kv_heads, SHARED=shared, ROWS=block_rows, KEYS=32 if small else 64, SIZE=keys.shape[2],
+        DIM=dim, PADDED_DIM=padded, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value,
+        SOFTCAP=shape.softcap is not None, WINDOW=shape.window is not None, SINKS=sinks is not None, STAGES=2 if small else 3,
+        num_warps=8 if block_rows >= 128 else 4, **overlap(q),
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 """Online softmax over tiles of keys (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135): what all kernels of attention
-do with the scores of a tile, and at the end. Scores are in base 2."""
+do with the scores of a tile, and at the end. The largest score is kept in base 2, so that a scale and a difference are one instruction."""
 
 from __future__ import annotations
 
@@ -10,17 +10,30 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def weigh(scores, seen, softcap, best, total, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scores `[rows, keys]` to weights, 0 where a key is not `seen`. `best` and `total` `[rows]` are those of the tiles before. Returns
-    the weights, both with this tile, and what the sums of the tiles before are to be multiplied with."""
-    if SOFTCAP:
-        scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
-    scores = tl.where(seen, scores * LOG2_E, float("-inf"))
-    higher = tl.maximum(best, tl.max(scores, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores - base[:, None])
+def weigh(scores, seen, scaling, softcap, best, total, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Products of queries and keys `[rows, keys]` to weights, 0 where a key is not `seen`; with MASKED off all are. `best` and `total`
+    `[rows]` are those of the tiles before. Returns the weights, both with this tile, and what the sums of the tiles before are to be
+    multiplied with."""
+    scores, factor = in_base_2(scores, scaling, softcap, SOFTCAP)
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, 1) * factor)
+    base = higher
+    if MASKED:
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores * factor - base[:, None])
     shrink = tl.exp2(best - base)
     return weights, higher, total * shrink + tl.sum(weights, 1), shrink
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def in_base_2(scores, scaling, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores, and what they are still to be multiplied with."""
+    factor = scaling * LOG2_E
+    if SOFTCAP:
+        scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (scores * scaling) / softcap) + 1.0))
+        factor = LOG2_E
+    return scores, factor
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -69,10 +69,10 @@ class FusedGlue:
     """In one Triton kernel each, with what `backend` holds of the step."""
 
     def __init__(self, rotaries: Sequence[Rotary], activation: str, backend: TritonAttention) -> None:
-        from penstock.engine.kernels import few_rows, gate, heads, residual  # Triton comes with CUDA builds of torch only
+        from penstock.engine.kernels import few_rows, gate, residual  # Triton comes with CUDA builds of torch only
 
-        self._join, self._gate, self._turn = residual.join_rows, gate.gate_rows, heads.turn_heads
-        self.product, self.is_few = few_rows.multiply_few, few_rows.is_few
+        self._join, self._gate = residual.join_rows, gate.gate_rows
+        self.product, self.is_few, self.suits_few = few_rows.multiply_few, few_rows.is_few, few_rows.suits_few
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
         self.positions = backend.table
@@ -94,8 +94,7 @@ class FusedGlue:
             rotated = (shape.heads + shape.kv_heads) * shape.head_dim
             turning = norm(qkv[:, :rotated].view(len(qkv), -1, shape.head_dim))
             qkv = torch.cat((turning.flatten(1), qkv[:, rotated:]), 1)
-        q = self._turn(qkv, weight, epsilon, *self.tables[rotary], self.positions, self.backend.places, layer.keys, layer.values)
-        return self.backend.attend_written(layer, q).flatten(1)
+        return self.backend.attend_fused(layer, qkv, weight, epsilon, *self.tables[rotary], self.positions).flatten(1)
 
     def gate(self, x: Tensor) -> Tensor:
         return self._gate(x, self.activation)

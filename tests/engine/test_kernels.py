@@ -156,29 +156,34 @@ def test_the_gate_of_a_feed_forward(activation: str, dtype: torch.dtype) -> None
     )
 
 
-@here
-@pytest.mark.parametrize("dtype", [one for one in DTYPES if one is not torch.float32], ids=str)
+@pytest.mark.skipif(not GPU, reason="CUDA C++")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8, 11, 29])
+@pytest.mark.parametrize(("inner", "outer"), [(96, 70), (1024, 4100), (2080, 136)])
 @pytest.mark.parametrize(
-    ("rows", "norm", "add", "activation"),
-    [(1, 1, 0, None), (2, 0, 1, None), (2, 1, 0, "silu")],
+    ("norm", "add", "activation"), [(1, 0, None), (0, 1, None), (1, 0, "silu"), (2, 0, "gelu"), (2, 0, "gelu_pytorch_tanh")]
 )
 def test_a_product_of_a_few_rows_with_what_surrounds_it(
-    rows: int, norm: int, add: int, activation: str | None, bias: bool, dtype: torch.dtype
+    inner: int, outer: int, rows: int, norm: int, add: int, activation: str | None, bias: bool, dtype: torch.dtype
 ) -> None:
-    from penstock.engine.kernels.few_rows import multiply_few
+    from penstock.engine.kernels.few_rows import multiply_few, suits_few
     from penstock.engine.model.decoder import ACTIVATIONS
     from penstock.engine.model.norm import Norm
 
-    x, weight = torch.randn(rows, 2 * 300).to(dtype)[:, :300], (torch.randn(70, 300) / 17).to(dtype)
-    offset, scale, stream = torch.randn(70).to(dtype), torch.randn(300).to(dtype), torch.randn(rows, 70).to(dtype)
+    x, weight = torch.randn(rows, 2 * inner).to(dtype)[:, :inner], (torch.randn(outer, inner) / inner**0.5).to(dtype)
+    offset, stream = torch.randn(outer).to(dtype), torch.randn(rows, outer).to(dtype)
+    scale = torch.randn(inner) if norm == 2 else torch.randn(inner).to(dtype)
     expected = (rms(x.double(), scale.double()) if norm else x.double()) @ weight.double().t()
     expected += offset.double() if bias else 0.0
     expected += stream.double() if add else 0.0
     if activation is not None:
-        expected = ACTIVATIONS[activation](expected[:, :35]) * expected[:, 35:]
+        half = outer // 2
+        expected = ACTIVATIONS[activation](expected[:, :half]) * expected[:, half:]
+    there = weight.to(DEVICE)
+    assert suits_few(there)
     got = multiply_few(
-        x.to(DEVICE), weight.to(DEVICE), offset.to(DEVICE) if bias else None,
+        x.to(DEVICE), there, offset.to(DEVICE) if bias else None,
         norm=Norm(scale.to(DEVICE), 1e-6) if norm else None, add=stream.to(DEVICE) if add else None, activation=activation,
     )  # fmt: skip
     torch.testing.assert_close(got.double().cpu(), expected, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
@@ -217,6 +222,57 @@ def test_heads_are_normed_turned_and_written(tokens: int, dim: int, pairs: int, 
         written = places >= 0
         torch.testing.assert_close(lines[places[written]], expected[written], **near)
         assert int((~lines.isnan()).any(-1).any(-1).sum()) == tokens - 1
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "pairs", "norm", "window"), [(64, 32, True, None), (64, 32, False, 40), (48, 12, True, None), (20, 10, False, 1)]
+)
+@pytest.mark.parametrize("splitting", [False, True])
+def test_decodes_from_a_fused_product_are_those_of_one_kernel_after_another(
+    dim: int, pairs: int, norm: bool, window: int | None, splitting: bool, dtype: torch.dtype
+) -> None:
+    """Over a pool in which everything unwritten is NaN: what the launch writes to it is compared too. The last row is nobody's."""
+    from penstock.engine.attention.base import LayerAttention
+    from penstock.engine.attention.triton import TritonAttention
+
+    heads, kv_heads = 4, 2
+    shape = LayerShape(heads, kv_heads, dim, dim, 0.2, window=window)
+    step = make_step(shape, [0, 15, 16, 200, 131], [], dtype=dtype, device=DEVICE, begun_as_zero=False)
+    qkv = torch.randn(6, (heads + 2 * kv_heads) * dim).to(dtype).to(DEVICE)
+    weights = torch.randn(heads + kv_heads, dim, device=DEVICE) if norm else None
+    angles = torch.arange(300).double()[:, None] * 0.7 ** torch.arange(pairs)
+    cos, sin = angles.cos().float().to(DEVICE), angles.sin().float().to(DEVICE)
+    rows, positions = step.rows, step.rows.positions()
+    columns = {"sources": rows.slots, "positions": positions, "places": rows.places(positions, 16)}
+    sent = {name: torch.from_numpy(column.astype(np.int64)).to(DEVICE) for name, column in columns.items()}
+    filled = {"sources": len(rows.table), "positions": 0, "places": -1}
+    sent = {name: torch.cat((column, torch.full((1,), filled[name], device=DEVICE))) for name, column in sent.items()}
+    sent["decodes"] = torch.tensor([5], device=DEVICE)
+    keys, values = step.pool.layers[0]
+    results = []
+    for fused in (False, True):
+        pool = [keys.clone(), values.clone()]
+        backend = TritonAttention(step.pool, [shape], *rows.table.shape)
+        backend.table[: len(rows.table)] = torch.from_numpy(rows.table).to(DEVICE)
+        backend.processors = 32 if splitting else 1
+        backend.begin_sized(sent, 6, 300)
+        layer = LayerAttention(shape, *pool, backend)
+        if fused:
+            out = backend.attend_fused(layer, qkv, weights, 1e-6, cos, sin, sent["positions"])
+        else:
+            from penstock.engine.kernels.heads import turn_heads
+
+            q = turn_heads(qkv, weights, 1e-6, cos, sin, sent["positions"], sent["places"], *pool)
+            out = backend.attend_written(layer, q)
+        assert not out[:5].isnan().any()
+        results.append((out[:5].double(), *pool))
+    assert backend.decodes is not None
+    assert (backend.decodes.splits > 1) == splitting
+    torch.testing.assert_close(results[1][0], results[0][0], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
 
 
 @here
