@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from penstock.engine.kernels.cache import cache_folder
+
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 COMPILE_S = 120  # longest wait for the compiler: it takes a second
@@ -94,7 +96,7 @@ def open_kernels() -> Kernels:
     if compiler is None:
         raise FileNotFoundError("there is no C compiler (cc, gcc or clang)")
     key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, os.path.realpath(compiler), _processor())).encode()).hexdigest()[:16]
-    library = _cache_folder() / f"cpu-{key}.so"
+    library = cache_folder() / f"cpu-{key}.so"
     if library.is_file():
         with suppress(OSError, AttributeError):  # a machine that lost power may have left a damaged one
             return Kernels(ctypes.CDLL(str(library)))
@@ -109,16 +111,6 @@ def _compile(compiler: str, library: Path) -> None:
         command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMPILE_S)
         made.rename(library)
-
-
-def _cache_folder() -> Path:
-    """Only its owner may write there: what lies in it is run."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    state = folder.stat()
-    if state.st_uid != os.getuid() or state.st_mode & 0o022:
-        raise PermissionError(f"{folder}: others may write to it")
-    return folder
 
 
 def _processor() -> str:

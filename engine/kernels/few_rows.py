@@ -1,66 +1,35 @@
 """The product of a few rows with a weight, which is as fast as the weight can be read, and what comes before and after it in the same
-launch: a norm of the rows, an activation and gate, a residual sum.
-
-A program has a few of the weight's rows whole, so that all its loads are on their way before the kernel before it has ended. Sums are in
-float32. With more rows the library is as fast: it has matrix instructions, which take eight rows for the price of one.
-"""
+launch: a norm of the rows, an activation and gate, a residual sum. How it works is in few_rows.cu beside this."""
 
 from __future__ import annotations
 
+from ctypes import c_float, c_int, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from penstock.engine.kernels.gate import ACTIVATIONS, activate
-from penstock.engine.kernels.overlap import overlap, wait
+from penstock.engine.kernels.cuda import CudaKernel, load_kernel
+from penstock.engine.kernels.gate import ACTIVATIONS
 from penstock.engine.model.norm import Norm
 
-WIDEST = 16_384  # inner dimension of a single row
-NARROW = 3072  # of two rows
-WARP = 2048  # numbers of the weight that a warp takes: 64 a thread
+SOURCE = Path(__file__).with_name("few_rows.cu")
+KINDS = (*[c_void_p] * 6, c_uint64, c_int, c_int, c_int, c_float)
+CHUNK = 32  # of the inner dimension, which must be a multiple of it
+# With more rows than this, what is read of them is no longer little beside the weight, and the library is faster: at once where the inner
+# dimension is long.
+FEW, MORE, NARROW = 8, 32, 4096
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _multiply(  # type: ignore[no-untyped-def]
-    x, weight, bias, norm, add, out, x_row, inner, outer, epsilon,
-    ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr,
-    ADD: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One program: OUTER columns of the result, of all rows. KIND below 0: no gate."""
-    n = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
-    k = tl.arange(0, INNER)
-    inside = k < inner
-    there = n < outer
-    mask = there[:, None] & inside[None, :]
-    places = n.to(tl.int64)[:, None] * inner + k[None, :]
-    w = tl.load(weight + places, mask=mask, other=0.0)
-    if KIND >= 0:
-        v = tl.load(weight + outer * inner + places, mask=mask, other=0.0)
-    wait(OVERLAP)
-    if NORM:
-        scales = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
-    for row in tl.static_range(ROWS):
-        a = tl.load(x + row * x_row + k, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            a = a * tl.rsqrt(tl.sum(a * a, 0) / inner + epsilon) * scales
-            a = a.to(x.dtype.element_ty).to(tl.float32)
-        y = tl.sum(w.to(tl.float32) * a[None, :], 1)
-        if BIAS:
-            y += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
-        if KIND >= 0:
-            up = tl.sum(v.to(tl.float32) * a[None, :], 1)
-            if BIAS:
-                up += tl.load(bias + outer + n, mask=there, other=0.0).to(tl.float32)
-            y = activate(y, KIND) * up
-        if ADD:
-            y += tl.load(add + row * outer + n, mask=there, other=0.0).to(tl.float32)
-        tl.store(out + row * outer + n, y.to(out.dtype.element_ty), mask=there)
+def suits_few(weight: Tensor) -> bool:
+    """Whether `multiply_few` can multiply with a weight."""
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous() and weight.shape[1] % CHUNK == 0
 
 
 def is_few(rows: int, widest: int) -> bool:
     """Whether `multiply_few` is the way for so many rows, if the longest inner dimension is `widest`."""
-    return (rows == 1 and widest <= WIDEST) or (rows == 2 and widest <= NARROW)
+    return rows <= FEW or (rows <= MORE and widest <= NARROW)
 
 
 def multiply_few(
@@ -68,18 +37,27 @@ def multiply_few(
 ) -> Tensor:
     """`norm(x) @ weight.T + bias`, then one of these: plus `add`; or the activation of its first half times the other.
 
-    x `[rows, in]`, see `is_few`; weight `[out, in]`, contiguous; add `[rows, out]`, contiguous. Returns `[rows, out]`, or half as wide.
+    x `[rows, in]` with its rows' numbers side by side, up to `MORE` rows, float16 or bfloat16; weight `[out, in]`, see `suits_few`; add
+    `[rows, out]`, contiguous. Returns `[rows, out]`, or half as wide. Raises `CudaError` or `OSError` if the kernel cannot be compiled.
     """
     rows, inner = x.shape
     outer = weight.shape[0] if activation is None else weight.shape[0] // 2
     out = torch.empty((rows, outer), dtype=x.dtype, device=x.device)
-    padded = triton.next_power_of_2(inner)
-    block = 1 if inner > WIDEST // 2 else 4 if activation is None else 2  # a gate has two weights
-    loads = block * padded * (1 if activation is None else 2)
-    _multiply[(triton.cdiv(outer, block),)](
-        x, weight, x if bias is None else bias, x if norm is None else norm.weight, x if add is None else add, out,
-        x.stride(0), inner, outer, 0.0 if norm is None else norm.epsilon,
-        ROWS=rows, OUTER=block, INNER=padded, NORM=norm is not None, KIND=-1 if activation is None else ACTIVATIONS.index(activation),
-        BIAS=bias is not None, ADD=add is not None, num_warps=max(1, min(16, loads // WARP)), **overlap(x),
+    warps = 8 if inner < 2048 else 16
+    kernel = _kernel(
+        x.device, warps, 1 if rows <= 8 else 2 if rows <= 16 else 4, x.dtype == torch.float16,
+        0 if norm is None else 1 if norm.weight.dtype == x.dtype else 2, -1 if activation is None else ACTIVATIONS.index(activation),
+        bias is not None, add is not None,
+    )  # fmt: skip
+    kernel.launch(
+        -(-weight.shape[0] // 16), 32 * warps,
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), None if norm is None else norm.weight.data_ptr(),
+        None if add is None else add.data_ptr(), out.data_ptr(), x.stride(0), rows, inner, outer, 0.0 if norm is None else norm.epsilon,
     )  # fmt: skip
     return out
+
+
+@cache
+def _kernel(device: torch.device, warps: int, tiles: int, half: bool, norm: int, kind: int, bias: bool, add: bool) -> CudaKernel:
+    defines = {"WARPS": warps, "TILES": tiles, "NORM": norm, "KIND": kind}
+    return load_kernel(SOURCE, "few_rows", KINDS, defines | {"HALF": int(half), "BIAS": int(bias), "ADD": int(add)}, device)

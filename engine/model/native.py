@@ -54,12 +54,11 @@ class Layer:
         h, y = glue.join(h, self.out(y), self.after_attention, self.before_mlp)
         return h, self.down(glue.gate(self.gate_up(y)))
 
-    @property
-    def suits_few(self) -> bool:
+    def suits_few(self, glue: FusedGlue) -> bool:
         """Whether `run_few` can do it: nothing stands between a product and the sum, and weights are as they were."""
         products = (self.qkv, self.out, self.gate_up, self.down)
         plain = self.after_attention is None and self.after_mlp is None
-        return plain and all(isinstance(one.method, Dense) and one.weight.dtype != torch.float32 for one in products)
+        return plain and all(isinstance(one.method, Dense) and glue.suits_few(one.weight) for one in products)
 
     def run_few(self, h: Tensor, glue: FusedGlue) -> Tensor:
         """The same for a few rows, in products that take the norm before them and the sum or gate after them along. Returns both summed."""
@@ -100,7 +99,7 @@ class NativeModel:
         # As transformers does it, the scale is rounded to the model's dtype before it multiplies.
         scale = decoder.embedding_scale
         self.scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=self.device)
-        self.suits_few = all(block.suits_few for block in self.blocks)
+        self.suits_few = False
         self.widest = max(max(block.down.in_features, block.out.in_features, block.qkv.in_features) for block in self.blocks)
         self.kept: Tensor | None = None
         self.glue: Glue = self._plain_glue()
@@ -113,6 +112,8 @@ class NativeModel:
         self.glue = FusedGlue(decoder.rotaries, decoder.activation, backend) if can_fuse(backend) else self._plain_glue()
         for block, shape, (keys, values) in zip(self.blocks, self.layers, pool.layers, strict=True):
             block.paged = LayerAttention(shape, keys, values, backend)
+        glue = self.glue
+        self.suits_few = isinstance(glue, FusedGlue) and all(block.suits_few(glue) for block in self.blocks)
 
     def detach(self) -> None:
         self.glue = self._plain_glue()

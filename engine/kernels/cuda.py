@@ -1,0 +1,129 @@
+"""Kernels in CUDA C++, where Triton cannot say what must be said: compiled by NVRTC, which comes with torch, in a fraction of a second,
+kept in a cache folder, and launched through the driver. A launch in a stream that is being captured becomes part of its graph."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from ctypes import POINTER, byref, c_byte, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.engine.kernels.cache import cache_folder
+
+EARLY = 6  # the driver's number for programmatic dependent launch, see `engine.kernels.overlap`
+
+
+class CudaError(RuntimeError):
+    """What NVRTC or the driver said."""
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", c_int), ("padding", c_int), ("value", c_int), ("rest", c_byte * 60))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("grid", c_uint * 3), ("block", c_uint * 3), ("shared", c_uint), ("stream", c_void_p), ("attributes", POINTER(_Attribute)),
+        ("count", c_uint),
+    )  # fmt: skip
+
+
+class CudaKernel:
+    """A compiled function on one device. `kinds` are the ctypes of its arguments; what they point to is trusted. `most`: bytes of shared
+    memory that a launch may ask for."""
+
+    def __init__(self, image: bytes, name: str, kinds: Iterable[Any], *, early: bool) -> None:
+        self.kinds, self.driver = tuple(kinds), _driver()
+        self.module, self.function = c_void_p(), c_void_p()
+        self._check(self.driver.cuModuleLoadData(byref(self.module), image))
+        self._check(self.driver.cuModuleGetFunction(byref(self.function), self.module, name.encode()))
+        self.attributes, self.count = (_Attribute * 1)(_Attribute(EARLY, 0, 1)), int(early)
+
+    def launch(self, blocks: int, threads: int, *arguments: Any) -> None:
+        """In torch's current stream. Raises `CudaError`."""
+        values = [kind(argument) for kind, argument in zip(self.kinds, arguments, strict=True)]
+        addresses = (c_void_p * len(values))(*map(ctypes.addressof, values))
+        stream = torch.cuda.current_stream().cuda_stream
+        launch = _Launch((c_uint * 3)(blocks, 1, 1), (c_uint * 3)(threads, 1, 1), 0, stream, self.attributes, self.count)
+        self._check(self.driver.cuLaunchKernelEx(byref(launch), self.function, addresses, None))
+
+    def _check(self, code: int) -> None:
+        if code:
+            text = c_char_p()
+            self.driver.cuGetErrorString(code, byref(text))
+            raise CudaError((text.value or b"").decode() or f"CUDA error {code}")
+
+
+def load_kernel(source: Path, name: str, kinds: Iterable[Any], defines: Mapping[str, int], device: torch.device) -> CudaKernel:
+    """The function `name` of a file, compiled with these `defines` for `device`, now if it never was. Raises `CudaError`, `OSError`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
+    text = source.read_bytes()
+    library, version = _nvrtc()
+    key = hashlib.sha256(text + repr((options, version)).encode()).hexdigest()[:16]
+    kept = cache_folder() / f"{source.stem}-{key}.cubin"
+    if kept.is_file():
+        image = kept.read_bytes()
+    else:
+        image = _compile(library, text, source.name, options)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:  # another process may do the same at the same time
+            made = Path(folder) / kept.name
+            made.write_bytes(image)
+            made.rename(kept)
+    with torch.cuda.device(device):
+        return CudaKernel(image, name, kinds, early=major >= 9)
+
+
+def _compile(library: ctypes.CDLL, source: bytes, file: str, options: list[str]) -> bytes:
+    program = c_void_p()
+    _check(library, library.nvrtcCreateProgram(byref(program), source, file.encode(), 0, None, None))
+    try:
+        given = (c_char_p * len(options))(*(option.encode() for option in options))
+        if library.nvrtcCompileProgram(program, len(options), given):
+            raise CudaError(_text(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program).decode(errors="replace"))
+        return _text(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN, program)
+    finally:
+        library.nvrtcDestroyProgram(byref(program))
+
+
+def _text(size_of: Any, get: Any, program: c_void_p) -> bytes:
+    size = c_size_t()
+    size_of(program, byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    get(program, text)
+    return text.raw
+
+
+def _check(library: ctypes.CDLL, code: int) -> None:
+    if code:
+        library.nvrtcGetErrorString.restype = c_char_p
+        raise CudaError(library.nvrtcGetErrorString(code).decode())
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
+def _nvrtc() -> tuple[ctypes.CDLL, tuple[int, int]]:
+    """The library and its version: that of torch's own packages, or the system's. Raises `OSError`."""
+    spec = find_spec("nvidia")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
+    found = [str(path) for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*")) if path.name.count(".") == 2]
+    for name in (*found, f"libnvrtc.so.{(torch.version.cuda or '').split('.')[0]}", "libnvrtc.so"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        major, minor = c_int(), c_int()
+        _check(library, library.nvrtcVersion(byref(major), byref(minor)))
+        return library, (major.value, minor.value)
+    raise OSError("libnvrtc, which comes with torch, was not found")
