@@ -55,12 +55,18 @@ class ExecutorActor(Actor):
             self._check(done)
             self.mail.send(SCHEDULER, done)
 
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and time.monotonic() - self.asked > IDLE_S
+
     def after(self) -> None:
-        if self.preparing and not self.waiting and time.monotonic() - self.asked > IDLE_S:
+        if self.preparing and self.idle:
             self.preparing = self.runner.prepare()
 
     def wake_in(self) -> float:
-        return IDLE_S if self.preparing else HEARTBEAT_S
+        if not self.preparing:
+            return HEARTBEAT_S
+        return 0.0 if self.idle else IDLE_S
 
     @property
     def waiting(self) -> int:

@@ -23,7 +23,7 @@ from penstock.engine.kernels.sample import sample_rows
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.results import CannotRecord
 
-MANY, FULL = 2048, 0.7  # with more tokens than this, and a smaller share of its size, the device would lose more time than the host saves
+FEW_SAMPLES = 16  # of a step with chunks: logits of as many as there can be take time
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +104,11 @@ class StepGraphs:
 
     def find(self, columns: Columns, *, plain: bool) -> Size | None:
         """The size at which a step is to be run here, if it is. Capturing takes longer than a step by itself: what is not decodes alone is
-        captured when it comes the second time, and a large one only if it fills most of its size."""
+        captured when it comes the second time."""
         tokens, samples, chunks = len(columns["positions"]), len(columns["sample_slots"]), "tokens" in columns
         sizes = self.tokens if chunks else self.rows
         at = bisect_left(sizes, tokens)
-        if at == len(sizes) or (tokens > MANY and tokens < FULL * sizes[at]):
+        if at == len(sizes):
             return None
         size = Size(sizes[at], self._samples(samples, sizes[at]) if chunks else sizes[at], chunks, plain)
         self._seen[size] += 1
@@ -133,7 +133,8 @@ class StepGraphs:
     def prepare(self) -> bool:
         """Capture one of the graphs that steps are likely to need. Returns whether there are more. Raises `CannotRecord`."""
         decodes = [Size(rows, rows, chunks=False, plain=True) for rows in self.rows]
-        mixed = [Size(tokens, self._samples(1, tokens), chunks=True, plain=True) for tokens in self.tokens if tokens <= MANY]
+        most = (1, self.nobody)
+        mixed = [Size(tokens, self._samples(samples, tokens), chunks=True, plain=True) for samples in most for tokens in self.tokens]
         missing = [size for size in (*decodes, *mixed) if size not in self._graphs and size not in self._unfit]
         for size in missing[:1]:
             self._capture(size)
@@ -150,7 +151,7 @@ class StepGraphs:
     def _samples(self, samples: int, tokens: int) -> int:
         """Of a step with chunks: few, or as many as there can be."""
         most = min(self.nobody, tokens)
-        return min(16, most) if samples <= 16 else most
+        return min(FEW_SAMPLES, most) if samples <= FEW_SAMPLES else most
 
     def _columns(self, size: Size) -> dict[str, tuple[int, int, int]]:
         lengths = {"sources": (size.tokens, self.nobody), "positions": (size.tokens, 0), "decodes": (1, 0)}
@@ -237,8 +238,11 @@ def fill_up(words: np.ndarray, places: Mapping[str, tuple[int, int, int]], colum
 
 
 def coarse(most: int) -> list[int]:
-    """Numbers of tokens that mixed steps are captured for: a third apart."""
-    return sorted({most, *(size for power in range(4, 20) for size in (2**power, 3 * 2**power // 2) if size < most)})
+    """Numbers of tokens that mixed steps are captured for: a third apart while they are few, an eighth from where their products take
+    longer the more they are."""
+    found = {most, *(size for power in range(4, 9) for size in (2**power, 3 * 2**power // 2))}
+    found |= {2**power * eighth // 8 for power in range(9, most.bit_length()) for eighth in range(8, 16)}
+    return sorted(size for size in found if size <= most)
 
 
 def sizes(most: int) -> list[int]:
