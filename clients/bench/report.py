@@ -9,10 +9,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from penstock.clients.errors import PenstockError
+
+WIDTH = 120  # of tables, where there is no terminal that says
 
 
 def machine() -> dict[str, Any]:
@@ -28,12 +31,25 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "gpu": gpu, "python": platform.python_version(), **versions}
 
 
-def show(title: str, figures: dict[str, Any], *, as_json: bool) -> None:
-    """Print the figures; with `as_json` also as one object on the last line."""
+def show_rows(title: str, rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]], *, as_json: bool) -> None:
+    """Print a table of rows; of each column its heading and how its values are written. As `show`, not where a program reads."""
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = WIDTH
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for heading, how in columns.values():
+        table.add_column(heading, justify="left" if how == "{}" else "right")
+    for row in rows:
+        table.add_row(*(how.format(row[name]) for name, (_, how) in columns.items()))
+    console.print(table)
+
+
+def show(title: str, figures: dict[str, Any], *, as_json: bool, within: str = "against") -> None:
+    """Print the figures, those in `within` too; with `as_json` also as one object on the last line."""
     console = Console(stderr=as_json)
     table = Table(title=title, show_header=False)
     for name, value in figures.items():
-        for key, one in value.items() if isinstance(value, dict) and name == "against" else [(name, value)]:
+        for key, one in value.items() if isinstance(value, dict) and name == within else [(name, value)]:
             if not isinstance(one, dict | list):
                 table.add_row(key, f"{one:,.4g}" if isinstance(one, float) else str(one))
     console.print(table)
