@@ -61,6 +61,7 @@ class EngineConfig:
     start_timeout: float = _setting(1800.0, "an actor that is not ready this long after its start is started anew")
     threads: int | None = _setting(None, "CPU threads of the executor; none: all cores")
     seed: int = _setting(0, "of random weights")
+    time_steps: bool = _setting(False, "time each step on the device, for the status report; costs it some microseconds")
     record_ring: int = _setting(32, "MiB of memory for the flight recorder, which keeps the scheduler's last inputs; 0: none")
     record_text: bool = _setting(False, "record token ids too: without them nobody can tell the prompts from a recording")
     record_folder: str | None = _setting(None, "where recordings go; none: beside the log file, or the user's runtime folder")

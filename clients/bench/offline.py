@@ -83,21 +83,31 @@ async def online(
 
 
 async def settled(client: AsyncClient) -> dict[str, Any]:
-    """The scheduler's sums, once they are those of all that has ended: actors report them once a second."""
+    """The report, once its sums are those of all that has ended: actors report them once a second."""
     await asyncio.sleep(2.2)
-    report = await client.status()
-    scheduler: dict[str, Any] = report["scheduler"]
-    return scheduler
+    return await client.status()
 
 
 def step_figures(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What the scheduler counted between two reports."""
-    steps = after["steps"] - before["steps"]
+    """What scheduler and executor counted between two reports. Medians and percentiles are over their last steps, warm-up included where
+    there are few; `decode_step_s` is that of steps that have only decodes, and nine tenths or more of the most that any of them has.
+    `idle_share` is the share of the time for which the device had no step although one was launched or a stream was there, known only
+    if the engine runs with `time_steps`."""
+    first, last = before["scheduler"], after["scheduler"]
+    steps = last["steps"] - first["steps"]
+    executor = after["executor"]
+    sums = {name: executor.get(name, 0.0) - before["executor"].get(name, 0.0) for name in ("device_s", "idle_s")}
     return {
         "steps": steps,
-        "batch_mean": (after["rows"] - before["rows"]) / steps if steps else 0.0,
-        "step_mean_s": (after["step_seconds"] - before["step_seconds"]) / steps if steps else 0.0,
-        "plan_commit_p50_s": after["host_p50_s"],
-        "plan_commit_p99_s": after["host_p99_s"],
-        "preemptions": after["preemptions"] - before["preemptions"],
+        "batch_mean": (last["rows"] - first["rows"]) / steps if steps else 0.0,
+        "step_mean_s": (last["step_seconds"] - first["step_seconds"]) / steps if steps else 0.0,
+        "decode_step_s": executor.get("decode_step_s"),
+        "decode_rows": executor.get("decode_rows"),
+        "launch_p50_s": executor.get("launch_p50_s"),
+        "launch_p99_s": executor.get("launch_p99_s"),
+        "plan_commit_p50_s": last["host_p50_s"],
+        "plan_commit_p99_s": last["host_p99_s"],
+        "device_step_p50_s": executor.get("device_step_p50_s"),
+        "idle_share": sums["idle_s"] / sum(sums.values()) if sums["device_s"] else None,
+        "preemptions": last["preemptions"] - first["preemptions"],
     }
