@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -21,18 +21,23 @@ from penstock.engine.open import open_mock, open_model
 from penstock.engine.plan import Pending, StepResult, StepRunner
 from penstock.engine.steptimes import Launch, StepTimes
 
+if TYPE_CHECKING:
+    from penstock.engine.profile import StepProfile
+
 IDLE_S = 0.05  # without a step: then there is time to prepare for others
 
 
 class ExecutorActor(Actor):
     kind = "executor"
     results: Results | None = None
+    profile: StepProfile | None = None
 
     def start(self) -> dict[str, Any]:
         self.handlers |= {Step: self._step, StepDone: self._check}
         self.awaits[Step] = lambda step: ((SCHEDULER, step.scheduler),)
         self.runner, facts = self._open_runner()
         self.times = StepTimes()
+        self.profile = self._open_profile(facts["device"])
         self.preparing, self.asked = True, 0.0  # whether there may be something to prepare, and when the last step came
         if facts["device"] == "cuda":
             self.results = Results(self.context, self.post.address, self.times)
@@ -51,7 +56,13 @@ class ExecutorActor(Actor):
             return  # from a scheduler that is no more
         self.asked = time.monotonic()
         plan, flying, begun = plan_from_step(step), self.waiting > 0, time.perf_counter()
-        pending = self.runner.launch(plan)
+        if self.profile is None:
+            pending = self.runner.launch(plan)
+        else:
+            with self.profile.step(plan.query_tokens):
+                pending = self.runner.launch(plan)
+            if self.profile.full:
+                self._close_profile()
         launch = self.times.launched(plan, begun, time.perf_counter(), flying=flying)
         if self.results is not None:
             self.results.put(Flight(scheduler.address, step, pending, launch))
@@ -62,8 +73,29 @@ class ExecutorActor(Actor):
             self._check(done)
             self.mail.send(SCHEDULER, done)
 
+    def _open_profile(self, device: str) -> StepProfile | None:
+        if self.config.profile is None:
+            return None
+        import torch
+
+        from penstock.engine.profile import StepProfile
+
+        return StepProfile(self.config.profile, self.config.profile_after, torch.device(device))
+
+    def _close_profile(self) -> None:
+        profile, self.profile = self.profile, None
+        if profile is not None:
+            try:
+                profile.close()
+                self.log.info("profiled", file=profile.path)
+            except (OSError, RuntimeError) as error:
+                self.log.error("profile lost", error=str(error))
+
     def after(self) -> None:
-        if self.preparing and not self.waiting and time.monotonic() - self.asked > IDLE_S:
+        idle = not self.waiting and time.monotonic() - self.asked > IDLE_S
+        if self.profile is not None and self.profile.running and idle:  # no more steps come
+            self._close_profile()
+        if self.preparing and idle:
             self.preparing = self.runner.prepare()
 
     def wake_in(self) -> float:
@@ -85,6 +117,7 @@ class ExecutorActor(Actor):
         return {"in_flight": self.waiting} | self.times.figures()
 
     def finish(self) -> None:
+        self._close_profile()
         if self.results is not None:
             self.results.close()
 

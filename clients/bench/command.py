@@ -90,7 +90,7 @@ def kernels_command(
         figures = kernels(model, rows or ["1,8,32,128,256"], keys, dtype, device)
         figures["machine"] = machine()
         show_rows(f"kernels of {model}", figures["rows"], COLUMNS, as_json=as_json)
-        show("ceilings", figures, as_json=as_json, within="ceilings")
+        show("ceilings", figures, as_json=as_json)
 
 
 @app.command("pipeline")

@@ -12,10 +12,13 @@ from typing import Any
 
 from penstock.clients.aio import AsyncClient
 from penstock.clients.bench.measure import Run, run_item, run_poisson, run_workload
+from penstock.clients.bench.profile import begin_after, read_profile
 from penstock.clients.bench.shapes import SHAPES, write_model
 from penstock.clients.bench.workloads import Item, Workload, decode, find
 from penstock.clients.errors import InvalidRequest
 from penstock.clients.launcher import alaunch
+
+WRITING_S = 120.0  # an executor that writes a trace does nothing else, and must not look stalled
 
 
 @asynccontextmanager
@@ -44,8 +47,13 @@ def workload_for(name: str, vocab: int) -> Workload:
 
 
 async def offline(model: str, workload: str, repeats: int, **config: Any) -> tuple[dict[str, Any], Run]:
-    """Run a workload `repeats` times on a fresh engine; the figures are those of the fastest run."""
+    """Run a workload `repeats` times on a fresh engine; the figures are those of the fastest run. With `profile`, a file's name, it is run
+    once more, and a trace of some of its steps goes there."""
     config = {"prefix_cache": False, **config}
+    if config.get("profile") is not None:
+        vocab = SHAPES.get(model, {}).get("vocab_size", 32_000)  # of others roughly: lengths are drawn after ids
+        begin = begin_after(workload_for(workload, vocab), repeats)
+        config = {"profile_after": begin, "stall_timeout": WRITING_S, **config, "profile": str(Path(config["profile"]).absolute())}
     async with engine(model, **config) as (client, startup):
         work = workload_for(workload, client.model["vocab_size"])
         runs = []
@@ -53,11 +61,16 @@ async def offline(model: str, workload: str, repeats: int, **config: Any) -> tup
         for _ in range(repeats):
             runs.append(await run_workload(client, work))
         after = await settled(client)
+        if "profile" in config:
+            await run_workload(client, work)
+            await settled(client)
         best = min(runs, key=lambda run: run.seconds)
         figures = {
             "workload": work.name, "model": model, **best.figures(), "startup_s": startup, "runs_s": [run.seconds for run in runs],
             **step_figures(before, after), "engine": client.model, "config": config,
         }  # fmt: skip
+    if "profile" in config:
+        figures["profile"] = read_profile(Path(config["profile"]))
     return figures, best
 
 

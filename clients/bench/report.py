@@ -15,6 +15,7 @@ from rich.table import Table
 
 from penstock.clients.errors import PenstockError
 
+NESTED = ("against", "profile", "ceilings")  # figures that are maps of some more
 WIDTH = 120  # of tables, where there is no terminal that says
 
 
@@ -44,12 +45,12 @@ def show_rows(title: str, rows: list[dict[str, Any]], columns: dict[str, tuple[s
     console.print(table)
 
 
-def show(title: str, figures: dict[str, Any], *, as_json: bool, within: str = "against") -> None:
-    """Print the figures, those in `within` too; with `as_json` also as one object on the last line."""
+def show(title: str, figures: dict[str, Any], *, as_json: bool) -> None:
+    """Print the figures; with `as_json` also as one object on the last line."""
     console = Console(stderr=as_json)
     table = Table(title=title, show_header=False)
     for name, value in figures.items():
-        for key, one in value.items() if isinstance(value, dict) and name == within else [(name, value)]:
+        for key, one in value.items() if isinstance(value, dict) and name in NESTED else [(name, value)]:
             if not isinstance(one, dict | list):
                 table.add_row(key, f"{one:,.4g}" if isinstance(one, float) else str(one))
     console.print(table)
