@@ -14,8 +14,9 @@ from penstock.clients.bench.chaos import chaos
 from penstock.clients.bench.fairness import fairness
 from penstock.clients.bench.kernels import COLUMNS, kernels
 from penstock.clients.bench.offline import offline, online
+from penstock.clients.bench.picture import plot, plot_rates
 from penstock.clients.bench.pipeline import pipeline
-from penstock.clients.bench.report import machine, plot, show, show_rows
+from penstock.clients.bench.report import machine, show, show_rows
 from penstock.clients.bench.soak import soak
 from penstock.clients.cli.options import only_given, with_tables
 from penstock.clients.cli.report import reported
@@ -70,9 +71,7 @@ def online_command(
         figures, runs = asyncio.run(online(model or "cpu-32m", rate or [4.0], requests, prompt, output, **only_given(given)))
         figures["machine"] = machine()
         if plot_file is not None:
-            series = {f"first token, {name}": [trace.first for trace in run.traces] for name, run in runs.items()}
-            series |= {f"gap, {name}": [gap for trace in run.traces for gap in trace.gaps] for name, run in runs.items()}
-            plot(plot_file, f"online, {figures['model']}", series, "seconds", "share")
+            plot_rates(plot_file, f"online, {figures['model']}: {prompt} ids in, {output} tokens out", runs)
         show("online", figures, as_json=as_json)
 
 

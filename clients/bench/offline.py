@@ -76,20 +76,20 @@ async def offline(model: str, workload: str, repeats: int, **config: Any) -> tup
 
 async def online(
     model: str, rates: list[float], requests: int, prompt: int, output: int, **config: Any
-) -> tuple[dict[str, Any], dict[str, Run]]:
+) -> tuple[dict[str, Any], dict[float, Run]]:
     """Poisson arrivals at each rate, requests a second; `requests` of `prompt` ids, `output` tokens each."""
     config = {"prefix_cache": False, **config}
-    runs: dict[str, Run] = {}
+    runs: dict[float, Run] = {}
     async with engine(model, **config) as (client, startup):
         vocab = client.model["vocab_size"]
         await run_workload(client, decode(8, vocab))
         items = [Item((item.ids * (prompt // 512 + 1))[:prompt], output) for item in decode(requests, vocab).items]
         for rate in rates:
-            runs[f"{rate:g}/s"] = await run_poisson(client, items, rate)
+            runs[rate] = await run_poisson(client, items, rate)
         first = next(iter(runs.values())).figures()
         figures = {
             "workload": "online", "model": model, **first, "startup_s": startup,
-            "rates": [{"rate": rate, **run.figures()} for rate, run in zip(rates, runs.values(), strict=True)],
+            "rates": [{"rate": rate, **run.figures()} for rate, run in runs.items()],
             "engine": client.model, "config": config,
         }  # fmt: skip
     return figures, runs

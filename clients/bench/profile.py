@@ -69,6 +69,7 @@ def _correlation(event: dict[str, Any]) -> int | None:
 def _on_device(hosts: list[Interval], events: list[dict[str, Any]], work: list[dict[str, Any]]) -> list[Interval]:
     """When the device ran each step: what was launched while the host was at it. Other threads launch nothing."""
     launched = {_correlation(event): float(event["ts"]) for event in events if event.get("cat") in LAUNCHES}
+    launched.pop(None, None)
     begins = [begin for begin, _ in hosts]
     found: dict[int, Interval] = {}
     for event in work:

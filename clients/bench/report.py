@@ -1,4 +1,4 @@
-"""What a bench prints: a table for people, one JSON object on the last line for programs, a plot if asked for."""
+"""What a bench prints: a table for people, one JSON object on the last line for programs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-
-from penstock.clients.errors import PenstockError
 
 NESTED = ("against", "profile", "ceilings")  # figures that are maps of some more
 WIDTH = 120  # of tables, where there is no terminal that says
@@ -56,26 +54,6 @@ def show(title: str, figures: dict[str, Any], *, as_json: bool) -> None:
     console.print(table)
     if as_json:
         print(json.dumps(figures), flush=True)  # noqa: T201  the line is the interface
-
-
-def plot(path: Path, title: str, series: dict[str, list[float]], x: str, y: str) -> None:
-    """Cumulative distributions, one line a series. Raises `PenstockError` if matplotlib is missing or the file cannot be written."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PenstockError("--plot needs matplotlib: pip install 'penstock[plots]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, values in series.items():
-        ordered = sorted(values)
-        axes.plot(ordered, [(rank + 1) / len(ordered) for rank in range(len(ordered))], label=name)
-    axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise PenstockError(f"cannot write {path}: {error}") from error
 
 
 def _read(path: str) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import PreTrainedConfig
 
 from penstock.engine.attention.base import LayerShape
 from penstock.engine.bench.clock import Call
 from penstock.engine.model.decoder import Decoder, read_decoder
 from penstock.engine.model.spec import ModelError
 from penstock.engine.model.weights import weight_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 T = TypeVar("T")
 

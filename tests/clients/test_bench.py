@@ -11,6 +11,7 @@ import pytest
 
 from penstock.clients.bench.measure import Run, Trace
 from penstock.clients.bench.offline import offline, step_figures
+from penstock.clients.bench.picture import plot_rates
 from penstock.clients.bench.profile import STEP, begin_after, read_profile
 from penstock.clients.bench.workloads import find
 from penstock.clients.errors import PenstockError
@@ -79,3 +80,12 @@ def test_a_trace_begins_within_the_run_after_the_measured_ones() -> None:
         work = find(name)(32_000)
         run = work.input_tokens + work.output_tokens - len(work.items)
         assert 2 * run < begin_after(work, 2) < 3 * run
+
+
+@pytest.mark.parametrize("rates", [(4.0,), (2.0, 8.0, 32.0)])
+def test_the_picture_of_rates_is_a_png(tmp_path: Path, rates: tuple[float, ...]) -> None:
+    traces = [Trace(first=0.1 * (number + 1), gaps=[0.01, 0.02], tokens=3) for number in range(5)]
+    plot_rates(tmp_path / "rates.png", "rates", {rate: Run(1.0, 5, traces) for rate in rates})
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(PenstockError, match="cannot write"):
+        plot_rates(tmp_path / "no" / "rates.png", "rates", {rates[0]: Run(1.0, 5, traces)})
