@@ -32,7 +32,7 @@ def measure(model: str, rows: list[int], keys: int, dtype: str = "auto", device:
     config.json. Raises `ModelError`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
+    where = torch.empty(0, device=device).device  # which one of several, too
     spec = read_spec(model, dtype="float32" if (dtype, device) == ("auto", "cpu") else dtype, weights="random")
     subject = read_subject(read_config(spec), max(keys, spec.max_model_len), DTYPES[spec.dtype], where, fused=device == "cuda")
     torch.manual_seed(0)
