@@ -61,6 +61,9 @@ class EngineConfig:
     start_timeout: float = _setting(1800.0, "an actor that is not ready this long after its start is started anew")
     threads: int | None = _setting(None, "CPU threads of the executor; none: all cores")
     seed: int = _setting(0, "of random weights")
+    time_steps: bool = _setting(False, "time each step on the device, for the status report; costs it some microseconds")
+    profile: str | None = _setting(None, "write a trace of 64 steps of the executor to this file (Chrome's JSON, gzipped if named .gz)")
+    profile_after: int = _setting(0, "tokens that are run before such a trace begins")
     record_ring: int = _setting(32, "MiB of memory for the flight recorder, which keeps the scheduler's last inputs; 0: none")
     record_text: bool = _setting(False, "record token ids too: without them nobody can tell the prompts from a recording")
     record_folder: str | None = _setting(None, "where recordings go; none: beside the log file, or the user's runtime folder")
@@ -95,6 +98,10 @@ class EngineConfig:
             raise bad("memory", self.memory, "a number above 0, or nothing")
         if not isinstance(self.record_ring, int) or self.record_ring < 0:
             raise bad("record_ring", self.record_ring, "an integer of 0 or more")
+        if not isinstance(self.profile_after, int) or self.profile_after < 0:
+            raise bad("profile_after", self.profile_after, "an integer of 0 or more")
+        if self.profile is not None and (self.executor == "mock" or not self.profile.endswith((".json", ".json.gz"))):
+            raise bad("profile", self.profile, "a file named .json or .json.gz, of an executor with a model")
         if not isinstance(self.mock_step, int | float) or not 0 <= self.mock_step <= 60:
             raise bad("mock_step", self.mock_step, "a number from 0 to 60")
         for name in ("lease", "drain_timeout", "stall_timeout", "start_timeout", "message_rate", "byte_rate"):

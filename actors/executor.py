@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -18,6 +19,10 @@ from penstock.actors.messages import INSIDE, Step, StepDone
 from penstock.engine.model.spec import ModelError
 from penstock.engine.open import open_mock, open_model
 from penstock.engine.plan import Pending, StepResult, StepRunner
+from penstock.engine.steptimes import Launch, StepTimes
+
+if TYPE_CHECKING:
+    from penstock.engine.profile import StepProfile
 
 IDLE_S = 0.05  # without a step: then there is time to prepare for others
 
@@ -25,14 +30,17 @@ IDLE_S = 0.05  # without a step: then there is time to prepare for others
 class ExecutorActor(Actor):
     kind = "executor"
     results: Results | None = None
+    profile: StepProfile | None = None
 
     def start(self) -> dict[str, Any]:
         self.handlers |= {Step: self._step, StepDone: self._check}
         self.awaits[Step] = lambda step: ((SCHEDULER, step.scheduler),)
         self.runner, facts = self._open_runner()
+        self.times = StepTimes()
+        self.profile = self._open_profile(facts["device"])
         self.preparing, self.asked = True, 0.0  # whether there may be something to prepare, and when the last step came
         if facts["device"] == "cuda":
-            self.results = Results(self.context, self.post.address)
+            self.results = Results(self.context, self.post.address, self.times)
         return facts
 
     def _open_runner(self) -> tuple[StepRunner, dict[str, Any]]:
@@ -47,11 +55,21 @@ class ExecutorActor(Actor):
         if step.executor != self.post.incarnation or scheduler is None or step.scheduler != scheduler.incarnation:
             return  # from a scheduler that is no more
         self.asked = time.monotonic()
-        pending = self.runner.launch(plan_from_step(step))
-        if self.results is not None:
-            self.results.put(scheduler.address, step, pending)
+        plan, flying, begun = plan_from_step(step), self.waiting > 0, time.perf_counter()
+        if self.profile is None:
+            pending = self.runner.launch(plan)
         else:
-            done = done_from_result(pending.result(), step.scheduler, step.executor)
+            with self.profile.step(plan.query_tokens):
+                pending = self.runner.launch(plan)
+            if self.profile.full:
+                self._close_profile()
+        launch = self.times.launched(plan, begun, time.perf_counter(), flying=flying)
+        if self.results is not None:
+            self.results.put(Flight(scheduler.address, step, pending, launch))
+        else:
+            result = pending.result()
+            self.times.done(launch, result, time.perf_counter())
+            done = done_from_result(result, step.scheduler, step.executor)
             self._check(done)
             self.mail.send(SCHEDULER, done)
 
@@ -59,7 +77,27 @@ class ExecutorActor(Actor):
     def idle(self) -> bool:
         return not self.waiting and time.monotonic() - self.asked > IDLE_S
 
+    def _open_profile(self, device: str) -> StepProfile | None:
+        if self.config.profile is None:
+            return None
+        import torch
+
+        from penstock.engine.profile import StepProfile
+
+        return StepProfile(self.config.profile, self.config.profile_after, torch.device(device))
+
+    def _close_profile(self) -> None:
+        profile, self.profile = self.profile, None
+        if profile is not None:
+            try:
+                profile.close()
+                self.log.info("profiled", file=profile.path)
+            except (OSError, RuntimeError) as error:
+                self.log.error("profile lost", error=str(error))
+
     def after(self) -> None:
+        if self.profile is not None and self.profile.running and self.idle:  # no more steps come
+            self._close_profile()
         if self.preparing and self.idle:
             self.preparing = self.runner.prepare()
 
@@ -80,22 +118,33 @@ class ExecutorActor(Actor):
             raise Refusal(code, f"step {done.step}: {done.error}", actor=self.kind)
 
     def load(self) -> dict[str, Any]:
-        """`in_flight`: a step that never ends shows, although this loop goes on."""
-        return {"in_flight": self.waiting} if self.results is not None else {}
+        """`in_flight`: a step that never ends shows, although this loop goes on. The rest is `StepTimes.figures`."""
+        return {"in_flight": self.waiting} | self.times.figures()
 
     def finish(self) -> None:
+        self._close_profile()
         if self.results is not None:
             self.results.close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A launched step, and the `address` that awaits its results."""
+
+    address: str
+    step: Step
+    pending: Pending
+    launch: Launch
 
 
 class Results:
     """A thread that waits for each step's results in turn and sends them, while the main thread launches the next step. A failed step
     goes to this actor itself, at `home`."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], home: str) -> None:
-        self._context, self._home = context, home
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], home: str, times: StepTimes) -> None:
+        self._context, self._home, self._times = context, home, times
         self._put = self._done = 0
-        self._queue: SimpleQueue[tuple[str, Step, Pending] | None] = SimpleQueue()
+        self._queue: SimpleQueue[Flight | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._thread.start()
 
@@ -103,9 +152,9 @@ class Results:
     def waiting(self) -> int:
         return self._put - self._done
 
-    def put(self, address: str, step: Step, pending: Pending) -> None:
+    def put(self, flight: Flight) -> None:
         self._put += 1
-        self._queue.put((address, step, pending))
+        self._queue.put(flight)
 
     def close(self) -> None:
         self._queue.put(None)
@@ -113,10 +162,11 @@ class Results:
 
     def _run(self) -> None:
         address, outbox = "", None
-        while (item := self._queue.get()) is not None:
-            target, step, pending = item
+        while (flight := self._queue.get()) is not None:
+            target, step = flight.address, flight.step
             try:
-                result = pending.result()
+                result = flight.pending.result()
+                self._times.done(flight.launch, result, time.perf_counter())
             except Exception as error:  # noqa: BLE001  whatever it was, the actor must hear of it: nobody watches this thread
                 result = StepResult(step.step, int32(b""), error=f"{type(error).__name__}: {error}")
             self._done += 1
@@ -136,6 +186,6 @@ def opening(config: EngineConfig) -> dict[str, Any]:
     """The settings that concern the engine proper, by the names that `engine.open` gives them."""
     names = (
         "model", "weights", "dtype", "device", "max_model_len", "memory", "block_size", "blocks", "max_running", "token_budget",
-        "lookahead", "threads", "seed", "decoder", "graphs",
+        "lookahead", "threads", "seed", "decoder", "graphs", "time_steps",
     )  # fmt: skip
     return {name: getattr(config, name) for name in names}

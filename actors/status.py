@@ -26,7 +26,7 @@ def list_requests(session: Session, now: float) -> list[dict[str, Any]]:
 def status_report(state: str, model: Model | None, counts: dict[str, int], clients: int, vitals: tuple[Any, ...]) -> dict[str, Any]:
     """The engine's report. `counts` are the gateway's, `vitals` the supervisor's rows `[kind, index, incarnation, state, pid,
     progress, load]`, at most a second old."""
-    scheduler = next((dict(row[6]) for row in vitals if row[0] == "scheduler"), {})
+    scheduler, executor = (next((dict(row[6]) for row in vitals if row[0] == kind), {}) for kind in ("scheduler", "executor"))
     if scheduler.get("steps"):
         scheduler["batch_mean"] = scheduler["rows"] / scheduler["steps"]
     return {
@@ -38,6 +38,7 @@ def status_report(state: str, model: Model | None, counts: dict[str, int], clien
         "chunks": counts["chunks"],
         "hand_overs": counts["hand_overs"],
         "scheduler": scheduler,
+        "executor": executor,
         "actors": [
             {"kind": kind, "index": index, "incarnation": incarnation, "state": state, "pid": pid, "progress": progress}
             for kind, index, incarnation, state, pid, progress, _ in vitals

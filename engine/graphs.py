@@ -115,9 +115,9 @@ class StepGraphs:
         known = size in self._graphs or not chunks or self._seen[size] > 1
         return size if known and size not in self._unfit else None
 
-    def run(self, size: Size, columns: Columns) -> Tensor:
-        """Launch a step. Returns the ids `[samples]` if it is `plain`, else the logits `[samples, vocab_size]`; they stay until the next
-        call. Raises `CannotRecord`."""
+    def run(self, size: Size, columns: Columns, begin: Callable[[], None] | None = None) -> Tensor:
+        """Launch a step; `begin` is called when its columns are on their way. Returns the ids `[samples]` if it is `plain`, else the
+        logits `[samples, vocab_size]`; they stay until the next call. Raises `CannotRecord`."""
         graph = self._graphs.get(size) or self._capture(size)
         turn = self._turn = self._turns.pop(0)
         self._turns.append(turn)
@@ -127,6 +127,8 @@ class StepGraphs:
         self._words[: graph.words].copy_(turn.words[: graph.words], non_blocking=True)
         if turn.event is not None:
             turn.event.record()
+        if begin is not None:
+            begin()
         graph.replay()
         return graph.out[: len(columns["sample_slots"])]
 

@@ -54,6 +54,7 @@ def open_model(
     seed: int,
     decoder: str,
     graphs: bool,
+    time_steps: bool,
 ) -> tuple[Runner, dict[str, Any]]:
     """Load a model, size its cache, warm it up. Raises `ModelError`.
 
@@ -67,6 +68,7 @@ def open_model(
     from penstock.engine.model.spec import ModelError, read_spec
     from penstock.engine.rehearsal import warm_up
     from penstock.engine.runner import Runner
+    from penstock.engine.spans import SpanClock
 
     logging.disable_progress_bar()  # an executor's output is a log
     if device == "auto":
@@ -85,6 +87,7 @@ def open_model(
     count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks, graphs=graphs)
     runner = Runner(built, work.config(count, in_flight=lookahead + 1, graphs=graphs))
     step_s = warm_up(runner) * work.token_budget
+    runner.clock = SpanClock(runner.device) if time_steps else None
     defaults = spec.defaults
     return runner, {
         "digest": spec.digest, "name": model, "vocab_size": spec.vocab_size, "max_model_len": spec.max_model_len, "eos": spec.eos_ids,

@@ -74,6 +74,8 @@ class StepResult:
     prompt_logprobs: TopLogprobs | None = None  # `rows` repeats a row for each of its prompt tokens
     error: str | None = None
     seconds: float = 0.0  # time spent on the step by the executor
+    device_seconds: float | None = None  # that the device ran it, if that is measured
+    idle_seconds: float = 0.0  # for which the device had no step before it, likewise
 
 
 class Pending(Protocol):

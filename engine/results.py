@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.engine.plan import Int32, StepResult, TopLogprobs
+from penstock.engine.spans import Span
 from penstock.engine.staging import Returned
 
 
@@ -35,11 +36,13 @@ class Launched:
     logprob_rows: Int32 | None = None
     prompt_rows: Int32 | None = None
     error: str | None = None
+    span: Span | None = None
 
     def result(self) -> StepResult:
         """Wait for the step, and return what it sampled."""
         try:
             got = {name: tensor.numpy() for name, tensor in self.returned.wait().items()} if self.returned is not None else None
+            ran, idle = (None, 0.0) if self.span is None else self.span.read()
         except RuntimeError as error:
             return self._failed(str(error))
         if got is None:
@@ -51,7 +54,7 @@ class Launched:
             logprobs = _top(got, "logprobs", order.astype(np.int32))
         if self.prompt_rows is not None:
             prompts = _top(got, "prompts", self.prompt_rows)
-        return StepResult(self.step, ids, logprobs, prompts, None, time.perf_counter() - self.started)
+        return StepResult(self.step, ids, logprobs, prompts, None, time.perf_counter() - self.started, ran, idle)
 
     def _failed(self, error: str) -> StepResult:
         return StepResult(self.step, NO_IDS, error=error, seconds=time.perf_counter() - self.started)

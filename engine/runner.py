@@ -30,6 +30,7 @@ from penstock.engine.model.base import Model, run_model
 from penstock.engine.plan import StepPlan
 from penstock.engine.results import CannotRecord, Launched
 from penstock.engine.sampling import Logprobs, SlotSampler, top_logprobs
+from penstock.engine.spans import Span, SpanClock
 from penstock.engine.staging import Copied, Here, HostStaging, PinnedStaging, Returned, Staging
 
 if TYPE_CHECKING:
@@ -70,9 +71,12 @@ class Runner:
 
     `launch` returns before the step is done where the device allows it; at most `in_flight` steps may be launched whose results were not
     taken. A step that fails comes back as a result with `error`; the state of its slots is then undefined.
+
+    `clock`, if there is one, times each step on the device.
     """
 
     def __init__(self, model: Model, config: RunnerConfig) -> None:
+        self.clock: SpanClock | None = None
         self.model, self.config = model, config
         device = self.device = model.device
         self.pool = KVPool(model.layers, config.blocks, config.block_size, model.dtype, device)
@@ -104,10 +108,12 @@ class Runner:
             size = None if self.graphs is None or told is not None else self.graphs.find(columns, plain=plain)
             if self.graphs is not None and size is not None:
                 try:
-                    return Launched(plan.step, started, places, *self._replay(self.graphs, size, columns, slots, positions))
+                    replayed = self._replay(self.graphs, size, columns, slots, positions)
+                    return Launched(plan.step, started, places, *replayed, span=self._end())
                 except CannotRecord as error:
                     self._without(error)
-            return Launched(plan.step, started, places, *self._run(columns, slots, positions, told))
+            ran = self._run(columns, slots, positions, told)
+            return Launched(plan.step, started, places, *ran, span=self._end())
         except RuntimeError as error:  # what torch raises, out of memory included
             return Launched(plan.step, started, places, None, error=f"{type(error).__name__}: {error}")
 
@@ -142,6 +148,8 @@ class Runner:
         if told is not None:
             columns |= {"prompt.tokens": told.tokens, "prompt.ids": told.ids}
         sent = self.staging.send(columns)
+        if self.clock is not None:
+            self.clock.begin()
         self.attention.begin(sent)
         logits = run_model(self.model, self.last, sent, keep=told is not None)
         back, logprob_rows = self._sample(logits, sent)
@@ -167,7 +175,7 @@ class Runner:
             beside |= self.sampler.prepare(slots, positions) | {"sample_slots": slots}
         sent = self.staging.send(beside) if beside else {}
         graphs.attention.write_table(sent)
-        out = graphs.run(size, columns)
+        out = graphs.run(size, columns, None if self.clock is None else self.clock.begin)
         if size.plain:
             return graphs.give(out), None
         back, logprob_rows = self._sample(out, sent)
@@ -182,6 +190,9 @@ class Runner:
         if (top := sampled.logprobs) is None:
             return {"ids": sampled.ids}, None
         return {"ids": sampled.ids, "logprobs.ids": top.ids, "logprobs.values": top.values, "logprobs.ranks": top.ranks}, top.rows
+
+    def _end(self) -> Span | None:
+        return None if self.clock is None else self.clock.end()
 
     def _give(self, back: dict[str, Tensor]) -> Returned:
         return Copied(back, self.copies) if self.copies is not None else Here(back)

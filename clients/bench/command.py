@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from penstock.actors.config import EngineConfig
+from penstock.clients.bench.apart import against_transformers
 from penstock.clients.bench.chaos import chaos
 from penstock.clients.bench.fairness import fairness
+from penstock.clients.bench.kernels import COLUMNS, kernels
 from penstock.clients.bench.offline import offline, online
+from penstock.clients.bench.picture import plot, plot_rates
 from penstock.clients.bench.pipeline import pipeline
-from penstock.clients.bench.report import machine, plot, show
+from penstock.clients.bench.report import machine, show, show_rows
 from penstock.clients.bench.soak import soak
 from penstock.clients.cli.options import only_given, with_tables
 from penstock.clients.cli.report import reported
@@ -47,7 +47,7 @@ def offline_command(
         shape = model or ("cpu-32m" if workload.startswith("cpu") else "qwen3-0.6b")
         figures, run = asyncio.run(offline(shape, workload, repeats, **only_given(given)))
         if against is not None:
-            figures["against"] = _against(shape, workload, figures["output_tokens_per_s"])
+            figures["against"] = against_transformers(shape, workload, figures["output_tokens_per_s"])
         figures["machine"] = machine()
         if plot_file is not None:
             plot(plot_file, f"{workload}, {shape}", {"first token": [trace.first for trace in run.traces]}, "seconds", "share of requests")
@@ -71,10 +71,25 @@ def online_command(
         figures, runs = asyncio.run(online(model or "cpu-32m", rate or [4.0], requests, prompt, output, **only_given(given)))
         figures["machine"] = machine()
         if plot_file is not None:
-            series = {f"first token, {name}": [trace.first for trace in run.traces] for name, run in runs.items()}
-            series |= {f"gap, {name}": [gap for trace in run.traces for gap in trace.gaps] for name, run in runs.items()}
-            plot(plot_file, f"online, {figures['model']}", series, "seconds", "share")
+            plot_rates(plot_file, f"online, {figures['model']}: {prompt} ids in, {output} tokens out", runs)
         show("online", figures, as_json=as_json)
+
+
+@app.command("kernels")
+def kernels_command(
+    model: Annotated[str, typer.Option(help="a shape, as of `offline`, or a folder with a config.json")] = "qwen3-0.6b",
+    rows: Annotated[list[str] | None, typer.Option(help="rows, or several as 1,8,32; may be repeated  [default: 1,8,32,128,256]")] = None,
+    keys: Annotated[int, typer.Option(help="keys that each decode attends to", min=1)] = 576,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Each kernel alone, beside its floor: the least time that its bytes or its flops could take on this device."""
+    with reported():
+        figures = kernels(model, rows or ["1,8,32,128,256"], keys, dtype, device)
+        figures["machine"] = machine()
+        show_rows(f"kernels of {model}", figures["rows"], COLUMNS, as_json=as_json)
+        show("ceilings", figures, as_json=as_json)
 
 
 @app.command("pipeline")
@@ -154,18 +169,3 @@ def soak_command(
         show("soak", figures, as_json=as_json)
         if not figures["flat"] or figures["wrong"]:
             raise typer.Exit(1)
-
-
-def _against(shape: str, workload: str, rate: float) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "penstock.clients.bench.against", shape, workload], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise PenstockError(f"transformers failed: {done.stderr[-2000:]}")
-    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    best = max(value for name, value in figures.items() if name.startswith("static"))
-    figures |= {"static_best": best, "ratio_static": rate / best}
-    if "generate_batch" in figures:
-        figures["ratio_generate_batch"] = rate / figures["generate_batch"]
-    return figures
-

@@ -14,8 +14,10 @@ from penstock.clients.bench.workloads import Item, Workload
 
 @dataclass(slots=True)
 class Trace:
-    """One request: seconds from its start to its first token, and between tokens; tokens and chunks."""
+    """One request: when it was sent, on the clock of its run; seconds from there to its first token, and between tokens; tokens and
+    chunks."""
 
+    sent: float = 0.0
     first: float = 0.0
     gaps: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -30,8 +32,14 @@ class Run:
     input_tokens: int
     traces: list[Trace]
 
+    @property
+    def prefill_seconds(self) -> float:
+        """From the first request sent to the last first token."""
+        return max(trace.sent + trace.first for trace in self.traces) - min(trace.sent for trace in self.traces)
+
     def figures(self) -> dict[str, Any]:
-        """The figures that every bench prints."""
+        """The figures that every bench prints. `prefill_tokens_per_s` are the input tokens over the time from the first request sent to
+        the last first token: apart from what is decoded after that, though not from what is decoded meanwhile."""
         output = sum(trace.tokens for trace in self.traces)
         chunks = sum(trace.chunks for trace in self.traces)
         firsts = [trace.first for trace in self.traces]
@@ -39,6 +47,7 @@ class Run:
         return {
             "output_tokens_per_s": output / self.seconds,
             "input_tokens_per_s": self.input_tokens / self.seconds,
+            "prefill_tokens_per_s": self.input_tokens / self.prefill_seconds,
             "seconds": self.seconds,
             "requests": len(self.traces),
             "input_tokens": self.input_tokens,
@@ -61,8 +70,8 @@ def percentile(values: list[float], percent: float) -> float | None:
 
 async def run_item(client: AsyncClient, item: Item) -> Trace:
     """One request, read chunk by chunk. A chunk of k tokens counts as k gaps of a k-th of its own."""
-    trace, before = Trace(), time.perf_counter()
-    begun = before
+    begun = before = time.perf_counter()
+    trace = Trace(sent=begun)
     stream = client.stream(item.ids, max_tokens=item.max_tokens, temperature=item.temperature, ignore_eos=True, seed=0)
     async for chunk in stream:
         now, count = time.perf_counter(), len(chunk.ids)

@@ -12,10 +12,13 @@ from typing import Any
 
 from penstock.clients.aio import AsyncClient
 from penstock.clients.bench.measure import Run, run_item, run_poisson, run_workload
+from penstock.clients.bench.profile import begin_after, read_profile
 from penstock.clients.bench.shapes import SHAPES, write_model
 from penstock.clients.bench.workloads import Item, Workload, decode, find
 from penstock.clients.errors import InvalidRequest
 from penstock.clients.launcher import alaunch
+
+WRITING_S = 120.0  # an executor that writes a trace does nothing else, and must not look stalled
 
 
 @asynccontextmanager
@@ -44,8 +47,13 @@ def workload_for(name: str, vocab: int) -> Workload:
 
 
 async def offline(model: str, workload: str, repeats: int, **config: Any) -> tuple[dict[str, Any], Run]:
-    """Run a workload `repeats` times on a fresh engine; the figures are those of the fastest run."""
+    """Run a workload `repeats` times on a fresh engine; the figures are those of the fastest run. With `profile`, a file's name, it is run
+    once more, and a trace of some of its steps goes there."""
     config = {"prefix_cache": False, **config}
+    if config.get("profile") is not None:
+        vocab = SHAPES.get(model, {}).get("vocab_size", 32_000)  # of others roughly: lengths are drawn after ids
+        begin = begin_after(workload_for(workload, vocab), repeats)
+        config = {"profile_after": begin, "stall_timeout": WRITING_S, **config, "profile": str(Path(config["profile"]).absolute())}
     async with engine(model, **config) as (client, startup):
         work = workload_for(workload, client.model["vocab_size"])
         runs = []
@@ -53,51 +61,66 @@ async def offline(model: str, workload: str, repeats: int, **config: Any) -> tup
         for _ in range(repeats):
             runs.append(await run_workload(client, work))
         after = await settled(client)
+        if "profile" in config:
+            await run_workload(client, work)
+            await settled(client)
         best = min(runs, key=lambda run: run.seconds)
         figures = {
             "workload": work.name, "model": model, **best.figures(), "startup_s": startup, "runs_s": [run.seconds for run in runs],
             **step_figures(before, after), "engine": client.model, "config": config,
         }  # fmt: skip
+    if "profile" in config:
+        figures["profile"] = read_profile(Path(config["profile"]))
     return figures, best
 
 
 async def online(
     model: str, rates: list[float], requests: int, prompt: int, output: int, **config: Any
-) -> tuple[dict[str, Any], dict[str, Run]]:
+) -> tuple[dict[str, Any], dict[float, Run]]:
     """Poisson arrivals at each rate, requests a second; `requests` of `prompt` ids, `output` tokens each."""
     config = {"prefix_cache": False, **config}
-    runs: dict[str, Run] = {}
+    runs: dict[float, Run] = {}
     async with engine(model, **config) as (client, startup):
         vocab = client.model["vocab_size"]
         await run_workload(client, decode(8, vocab))
         items = [Item((item.ids * (prompt // 512 + 1))[:prompt], output) for item in decode(requests, vocab).items]
         for rate in rates:
-            runs[f"{rate:g}/s"] = await run_poisson(client, items, rate)
+            runs[rate] = await run_poisson(client, items, rate)
         first = next(iter(runs.values())).figures()
         figures = {
             "workload": "online", "model": model, **first, "startup_s": startup,
-            "rates": [{"rate": rate, **run.figures()} for rate, run in zip(rates, runs.values(), strict=True)],
+            "rates": [{"rate": rate, **run.figures()} for rate, run in runs.items()],
             "engine": client.model, "config": config,
         }  # fmt: skip
     return figures, runs
 
 
 async def settled(client: AsyncClient) -> dict[str, Any]:
-    """The scheduler's sums, once they are those of all that has ended: actors report them once a second."""
+    """The report, once its sums are those of all that has ended: actors report them once a second."""
     await asyncio.sleep(2.2)
-    report = await client.status()
-    scheduler: dict[str, Any] = report["scheduler"]
-    return scheduler
+    return await client.status()
 
 
 def step_figures(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What the scheduler counted between two reports."""
-    steps = after["steps"] - before["steps"]
+    """What scheduler and executor counted between two reports. Medians and percentiles are over their last steps, warm-up included where
+    there are few; `decode_step_s` is that of steps that have only decodes, and nine tenths or more of the most that any of them has.
+    `idle_share` is the share of the time for which the device had no step although one was launched or a stream was there, known only
+    if the engine runs with `time_steps`."""
+    first, last = before["scheduler"], after["scheduler"]
+    steps = last["steps"] - first["steps"]
+    executor = after["executor"]
+    sums = {name: executor.get(name, 0.0) - before["executor"].get(name, 0.0) for name in ("device_s", "idle_s")}
     return {
         "steps": steps,
-        "batch_mean": (after["rows"] - before["rows"]) / steps if steps else 0.0,
-        "step_mean_s": (after["step_seconds"] - before["step_seconds"]) / steps if steps else 0.0,
-        "plan_commit_p50_s": after["host_p50_s"],
-        "plan_commit_p99_s": after["host_p99_s"],
-        "preemptions": after["preemptions"] - before["preemptions"],
+        "batch_mean": (last["rows"] - first["rows"]) / steps if steps else 0.0,
+        "step_mean_s": (last["step_seconds"] - first["step_seconds"]) / steps if steps else 0.0,
+        "decode_step_s": executor.get("decode_step_s"),
+        "decode_rows": executor.get("decode_rows"),
+        "launch_p50_s": executor.get("launch_p50_s"),
+        "launch_p99_s": executor.get("launch_p99_s"),
+        "plan_commit_p50_s": last["host_p50_s"],
+        "plan_commit_p99_s": last["host_p99_s"],
+        "device_step_p50_s": executor.get("device_step_p50_s"),
+        "idle_share": sums["idle_s"] / sum(sums.values()) if sums["device_s"] else None,
+        "preemptions": last["preemptions"] - first["preemptions"],
     }

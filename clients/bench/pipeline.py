@@ -38,8 +38,8 @@ async def pipeline(streams: int, prompt: int, output: int, rounds: int, **config
 
 async def _round(client: AsyncClient, streams: int, prompt: int, output: int) -> Run:
     async def one(number: int) -> Trace:
-        trace = Trace()
         begun = before = time.perf_counter()
+        trace = Trace(sent=begun)
         stream = client.stream(f"{number} " + WORDS * (prompt // 8 + 1), truncate=prompt, max_tokens=output, ignore_eos=True, seed=number)
         async for chunk in stream:
             now = time.perf_counter()

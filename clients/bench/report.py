@@ -1,4 +1,4 @@
-"""What a bench prints: a table for people, one JSON object on the last line for programs, a plot if asked for."""
+"""What a bench prints: a table for people, one JSON object on the last line for programs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from penstock.clients.errors import PenstockError
+NESTED = ("against", "profile", "ceilings")  # figures that are maps of some more
+WIDTH = 120  # of tables, where there is no terminal that says
 
 
 def machine() -> dict[str, Any]:
@@ -28,37 +30,30 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "gpu": gpu, "python": platform.python_version(), **versions}
 
 
+def show_rows(title: str, rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]], *, as_json: bool) -> None:
+    """Print a table of rows; of each column its heading and how its values are written. As `show`, not where a program reads."""
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = WIDTH
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for heading, how in columns.values():
+        table.add_column(heading, justify="left" if how == "{}" else "right")
+    for row in rows:
+        table.add_row(*(how.format(row[name]) for name, (_, how) in columns.items()))
+    console.print(table)
+
+
 def show(title: str, figures: dict[str, Any], *, as_json: bool) -> None:
     """Print the figures; with `as_json` also as one object on the last line."""
     console = Console(stderr=as_json)
     table = Table(title=title, show_header=False)
     for name, value in figures.items():
-        for key, one in value.items() if isinstance(value, dict) and name == "against" else [(name, value)]:
+        for key, one in value.items() if isinstance(value, dict) and name in NESTED else [(name, value)]:
             if not isinstance(one, dict | list):
                 table.add_row(key, f"{one:,.4g}" if isinstance(one, float) else str(one))
     console.print(table)
     if as_json:
         print(json.dumps(figures), flush=True)  # noqa: T201  the line is the interface
-
-
-def plot(path: Path, title: str, series: dict[str, list[float]], x: str, y: str) -> None:
-    """Cumulative distributions, one line a series. Raises `PenstockError` if matplotlib is missing or the file cannot be written."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PenstockError("--plot needs matplotlib: pip install 'penstock[plots]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, values in series.items():
-        ordered = sorted(values)
-        axes.plot(ordered, [(rank + 1) / len(ordered) for rank in range(len(ordered))], label=name)
-    axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise PenstockError(f"cannot write {path}: {error}") from error
 
 
 def _read(path: str) -> str:

@@ -18,7 +18,8 @@ from penstock.engine.plan import StepPlan
 from penstock.engine.rehearsal import run_worst_case, warm_up
 from penstock.engine.request import Sampler
 from penstock.engine.runner import Runner, RunnerConfig
-from penstock.engine.scheduler import SchedulerConfig
+from penstock.engine.scheduler import Scheduler, SchedulerConfig
+from penstock.engine.spans import SpanClock
 
 from .driver import Outcome, request, run
 
@@ -70,6 +71,20 @@ RICH = Sampler(
     temperature=0.9, top_p=0.9, top_k=60, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2, seed=11,
     logit_bias=((4, 1.5),), bad_words=((7, 8), (9,), (3, 4, 5)), min_tokens=5, stop_ids=(1, 2),
 )  # fmt: skip
+
+
+def test_a_step_is_timed_on_the_device_if_that_is_asked_for(model: AdoptedModel) -> None:
+    runner = make_runner(model)
+    scheduler = Scheduler(SchedulerConfig(slots=8, blocks=64, token_budget=64, max_model_len=256))
+    scheduler.submit(request(1, [5, 6, 7], 3), 0.0)
+    first = scheduler.plan(0.0)
+    assert first is not None
+    assert runner.launch(first).result().device_seconds is None
+    runner.clock = SpanClock(runner.device)
+    timed = [runner.launch(first).result() for _ in range(2)]
+    assert all(result.device_seconds is not None and result.device_seconds > 0 for result in timed)
+    assert timed[0].idle_seconds == 0
+    assert timed[1].idle_seconds > 0
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=0.8, seed=4), RICH], ids=["greedy", "temperature", "rich"])

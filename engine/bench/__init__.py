@@ -1,0 +1,1 @@
+"""What each kernel of the engine takes, beside the least that the device would need for what it does."""

@@ -1,0 +1,89 @@
+"""What `penstock bench kernels` times does what it says. How long it takes is nobody's promise."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.clients.bench.shapes import write_model
+from penstock.engine.bench import case as cases_of
+from penstock.engine.bench.__main__ import cases, measure, timed
+from penstock.engine.bench.case import Case, Subject, read_subject
+from penstock.engine.bench.ceilings import Ceilings
+from penstock.engine.model.load import read_config
+from penstock.engine.model.spec import read_spec
+
+from .interpreted import DEVICE, GPU, assert_passes, elsewhere, here
+
+ON_BOTH = {"norm join", "heads", "gate", "qkv", "out", "gate up", "down", "decode attention", "head", "sampling", "prefill attention"}
+FEW = {f"{name}, few rows" for name in ("qkv", "out", "gate up", "down")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_model("cpu-1m", tmp_path)
+
+
+def subject_of(folder: Path, *, fused: bool) -> Subject:
+    spec = read_spec(str(folder), weights="random", max_model_len=64)
+    dtype = torch.bfloat16 if GPU else torch.float16 if fused else torch.float32  # the interpreter's bfloat16 products are wrong
+    return read_subject(read_config(spec), 64, dtype, DEVICE, fused=fused)
+
+
+@elsewhere
+def test_all_of_this_file_passes_under_the_interpreter() -> None:
+    assert_passes(__file__)
+
+
+@here
+def test_every_triton_kernel_is_called_as_the_engine_calls_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.engine.bench.attention import time_prompts
+
+    monkeypatch.setattr(cases_of, "MOST_COPIES", 2)
+    subject = subject_of(folder, fused=True)
+    found = list(chain(cases(subject, [1, 3], 40), time_prompts(subject, 2, 24)))
+    assert {case.kernel for case in found} == ON_BOTH | FEW
+    assert {case.rows for case in found if case.kernel in FEW} == {1}
+    for case in found:
+        for call in case.calls:
+            out = call()
+            assert out.isfinite().all(), case.kernel
+            assert len(out) == case.rows, case.kernel
+
+
+@elsewhere
+def test_on_a_cpu_there_is_a_row_for_each_kernel_and_size(folder: Path) -> None:
+    figures = measure(str(folder), [1, 3], 40, device="cpu")
+    assert {row["kernel"] for row in figures["rows"]} == ON_BOTH
+    assert len(figures["rows"]) == 2 * (len(ON_BOTH) - 1) + 1
+    assert min(figures["ceilings"][name] for name in ("tb_per_s", "tflop_per_s", "empty_us")) > 0
+    for row in figures["rows"]:
+        assert row["us"] > 0
+        assert row["of_floor"] == pytest.approx(row["floor_us"] / row["us"])
+        assert row["tb_per_s"] == pytest.approx(row["bytes"] / row["us"] / 1e6)
+
+
+def test_the_floor_is_the_longer_of_moving_and_computing() -> None:
+    ceilings = Ceilings(read=1e12, copy=5e11, multiply=1e14, empty=1e-6)
+    moving = Case("a", "", 1, bytes=4_000_000, flops=100, calls=())
+    computing = Case("b", "", 1, bytes=100, flops=800_000_000, calls=())
+    assert timed(moving, 8e-6, ceilings)["floor_us"] == pytest.approx(4)
+    assert timed(moving, 8e-6, ceilings)["of_floor"] == pytest.approx(0.5)
+    assert timed(computing, 16e-6, ceilings)["floor_us"] == pytest.approx(8)
+    assert timed(computing, 16e-6, ceilings)["tflop_per_s"] == pytest.approx(50)
+
+
+def test_what_a_kernel_must_do_is_counted(folder: Path) -> None:
+    """cpu-1m: hidden 128, 256 within, 4 heads and 2 KV heads of 32."""
+    subject = subject_of(folder, fused=False)
+    if GPU:
+        pytest.skip("the figures are those of float32")
+    of = {case.kernel: case for case in cases(subject, [2], 40)}
+    assert of["down"].flops == 2 * 2 * 256 * 128
+    assert of["down"].bytes == 4 * (256 * 128 + 2 * (256 + 128))
+    assert of["decode attention"].flops == 2 * 2 * 40 * 4 * (32 + 32)
+    assert of["decode attention"].bytes == 4 * (2 * 40 * 2 * (32 + 32) + 2 * 4 * (32 + 32))
+    assert of["sampling"].bytes == 4 * 2 * 2048
