@@ -10,6 +10,7 @@ from torch import Tensor
 
 from penstock.engine.attention.base import LayerAttention
 from penstock.engine.model.decoder import ACTIVATIONS
+from penstock.engine.model.experts import Experts
 from penstock.engine.model.norm import HeadNorm, Norm, WidthNorm
 from penstock.engine.model.rotary import Rotary, rotate
 
@@ -34,6 +35,10 @@ class Glue(Protocol):
 
     def gate(self, x: Tensor) -> Tensor:
         """The activation of the first half of x `[tokens, 2 * width]` times the other half."""
+        ...
+
+    def mix(self, experts: Experts, x: Tensor) -> Tensor:
+        """What the experts that the router chooses for each token of x `[tokens, hidden]` make of it, summed by its weights."""
         ...
 
 
@@ -63,6 +68,9 @@ class PlainGlue:
     def gate(self, x: Tensor) -> Tensor:
         width = x.shape[1] // 2
         return self.activation(x[:, :width]) * x[:, width:]
+
+    def mix(self, experts: Experts, x: Tensor) -> Tensor:
+        return experts.run_plain(x, self.gate)
 
 
 class FusedGlue:
@@ -99,3 +107,8 @@ class FusedGlue:
 
     def gate(self, x: Tensor) -> Tensor:
         return self._gate(x, self.activation)
+
+    def mix(self, experts: Experts, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """With `add` `[tokens, hidden]`, plus that."""
+        y = experts.run_plain(x, self.gate)
+        return y if add is None else add + y

@@ -24,7 +24,7 @@ from penstock.engine.model.spec import ModelError, read_spec
 from penstock.engine.model.weights import draw_weights, read_weights, weight_shapes
 from penstock.engine.staging import HostStaging
 
-from .test_families import COMMON, FAMILIES, WINDOW
+from .test_families import COMMON, FAMILIES, MOE, WINDOW
 
 CPU = torch.device("cpu")
 LLAMA3 = {
@@ -36,6 +36,7 @@ LONG = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 8, "long_factor": [3.0] * 8, "factor": 2.0,
     "original_max_position_embeddings": 128,
 }  # fmt: skip
+EXPERTS = COMMON | MOE | {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 48}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, values) for name, values in FAMILIES.items()},
     "linear": ("llama", COMMON | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
@@ -52,9 +53,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2 with a window": ("olmo2", COMMON | WINDOW),
     "phi3 with types": ("phi3", COMMON | WINDOW | {"pad_token_id": 0, "layer_types": ["full_attention"] * 2}),
     "qwen2 with another activation": ("qwen2", COMMON | {"hidden_activation": "gelu", "query_pre_attn_scalar": 4}),
+    "mixtral with a window": ("mixtral", COMMON | WINDOW | MOE | {"num_local_experts": 5}),
+    "experts in every second layer": ("qwen3_moe", EXPERTS | {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    "experts in some layers": ("qwen3_moe", EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [0, 2], "norm_topk_prob": True}),
+    "experts that slide": ("qwen3_moe", EXPERTS | WINDOW | {"use_sliding_window": True, "attention_bias": True}),
+    "experts with a window that is not used": ("qwen3_moe", EXPERTS | WINDOW),
+    "no experts": ("qwen3_moe", EXPERTS | {"num_experts": 0}),
+    "weights that sum to one": ("olmoe", COMMON | MOE | {"num_experts": 7, "norm_topk_prob": True, "num_experts_per_tok": 3}),
     "some layers slide": ("qwen2", COMMON | WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
 }
-ADOPTED = {"gpt2", "gpt_neox", "mixtral", "qwen3_moe", "gpt_oss"}
+ADOPTED = {"gpt2", "gpt_neox", "gpt_oss"}
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
