@@ -77,9 +77,10 @@ class FusedGlue:
     """In one Triton kernel each, with what `backend` holds of the step."""
 
     def __init__(self, rotaries: Sequence[Rotary], activation: str, backend: TritonAttention) -> None:
-        from penstock.engine.kernels import few_rows, gate, heads, residual  # Triton comes with CUDA builds of torch only
+        from penstock.engine.kernels import experts, few_rows, gate, heads, residual  # Triton comes with CUDA builds of torch only
 
         self._join, self._gate, self._turn = residual.join_rows, gate.gate_rows, heads.turn_heads
+        self._mix = experts.mix_rows
         self.product, self.is_few = few_rows.multiply_few, few_rows.is_few
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
@@ -110,5 +111,7 @@ class FusedGlue:
 
     def mix(self, experts: Experts, x: Tensor, add: Tensor | None = None) -> Tensor:
         """With `add` `[tokens, hidden]`, plus that."""
-        y = experts.run_plain(x, self.gate)
-        return y if add is None else add + y
+        if experts.stacks is None:
+            y = experts.run_plain(x, self.gate)
+            return y if add is None else add + y
+        return self._mix(x, experts.router(x), *experts.stacks, experts.mixture, self.activation, add)

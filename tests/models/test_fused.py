@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from penstock.engine.attention.base import KVPool, StepRows
+from penstock.engine.model import experts
 from penstock.engine.model.decoder import read_decoder
 from penstock.engine.model.native import NativeModel
 from penstock.engine.request import Sampler
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 
     from penstock.engine.graphs import StepGraphs
 
-NAMES = ["qwen3", "gemma2", "gemma3_text", "olmo2", "partial", "biases"]
+NAMES = ["qwen3", "gemma2", "gemma3_text", "olmo2", "partial", "biases", "mixtral", "experts in some layers"]
+
+
+@pytest.fixture(autouse=True)
+def stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the experts' weights are packed, and kernels cannot use them."""
+    monkeypatch.setattr(experts, "can_pack", lambda weight: False)
 
 
 @elsewhere
@@ -135,7 +142,7 @@ def test_a_size_that_memory_has_no_room_for_is_run_step_by_step_and_the_others_s
 
 
 @here
-@pytest.mark.parametrize("name", ["llama", "qwen3", "biases"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "biases", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("tokens", [2, 9])  # on either side of where products change
 def test_in_half_precision_it_errs_no_more_than_transformers(name: str, tokens: int) -> None:
     from penstock.engine.attention.triton import TritonAttention

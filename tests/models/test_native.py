@@ -70,7 +70,8 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **values)
     config.initializer_range, config.pad_token_id = 0.3, 0
     torch.manual_seed(1)
-    module = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval().requires_grad_(False)
+    ways = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    module = AutoModelForCausalLM.from_config(config, dtype=dtype, **ways).eval().requires_grad_(False)
     for weight in module.parameters():
         if weight.dim() == 1:
             weight.add_(torch.randn_like(weight) * 0.1)
@@ -165,14 +166,15 @@ def test_weights_are_drawn_from_the_seed_and_leave_no_trace() -> None:
     assert logits(NativeModel(decoder, first), torch.arange(1, 40)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe"])
 def test_in_bfloat16_it_errs_no_more_than_transformers(name: str) -> None:
     module = make(name, torch.bfloat16)
     ids = torch.randint(1, 131, (100,), generator=torch.Generator().manual_seed(4))
     ours, theirs = logits(native(module), ids), module(ids[None]).logits[0]
     exact = module.double()(ids[None]).logits[0]
     assert ours.dtype == torch.bfloat16
-    errors = [float((got.double() - exact).square().mean().sqrt()) for got in (ours, theirs)]
+    # Of the median token: where two experts are nearly alike, rounding decides which of them is chosen, here and there.
+    errors = [float((got.double() - exact).square().mean(-1).sqrt().median()) for got in (ours, theirs)]
     assert errors[0] < 1.1 * errors[1], errors
 
 
