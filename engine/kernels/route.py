@@ -17,7 +17,7 @@ from torch import Tensor
 from penstock.engine.kernels.overlap import overlap, wait
 from penstock.engine.model.experts import Mixture
 
-BLOCK = 2048  # pairs that a program looks at at a time
+BLOCK = 8192  # pairs that a program looks at at a time
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -116,8 +116,9 @@ def route_rows(logits: Tensor, mixture: Mixture, rows: int) -> Routes:
         logits, weights, choices, logits.stride(0), EXPERTS=experts, PADDED=padded, CHOSEN=chosen, PLACES=triton.next_power_of_2(chosen),
         RENORMALIZE=mixture.renormalized, ROUND=mixture.rounded, num_warps=1, **overlap(logits),
     )  # fmt: skip
+    block = min(BLOCK, max(128, triton.next_power_of_2(pairs)))
     _sort[(experts,)](
-        choices, order, tiles, count, pairs, EXPERTS=experts, PADDED=padded, ROWS=rows,
-        BLOCK=min(BLOCK, max(128, triton.next_power_of_2(pairs))), num_warps=4, **overlap(logits),
+        choices, order, tiles, count, pairs, EXPERTS=experts, PADDED=padded, ROWS=rows, BLOCK=block,
+        num_warps=max(1, min(16, block // 256)), **overlap(logits),
     )  # fmt: skip
     return Routes(weights, order, tiles, count, rows)

@@ -1,13 +1,16 @@
-"""The Triton kernels of a feed-forward made of experts against float64, on fresh random inputs, and its plain form against them."""
+"""The Triton kernels of a feed-forward made of experts against float64, on fresh random inputs, and its plain form too."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from penstock.engine.model.decoder import ACTIVATIONS
-from penstock.engine.model.experts import Mixture
+from penstock.engine.model.experts import Experts, Mixture
+from penstock.engine.model.glue import PlainGlue
 
 from .interpreted import DEVICE, GPU, assert_passes, elsewhere, here
 
@@ -63,41 +66,73 @@ def test_a_row_of_nothing_but_nan_chooses_experts_that_there_are() -> None:
     assert routes.weights[3].tolist() == [1.0, 0.0, 0.0]
 
 
-@here
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("tokens", "mixture", "hidden", "activation"),
-    [
-        (1, Mixture(8, 2, inner=48, renormalized=True, rounded=False), 64, "silu"),
-        (2, Mixture(128, 8, inner=24, renormalized=True, rounded=True), 80, "silu"),
-        (9, Mixture(3, 3, inner=70, renormalized=False, rounded=True), 200, "gelu"),
-        (40, Mixture(5, 1, inner=96, renormalized=False, rounded=True), 64, "silu"),
-        (50, Mixture(4, 2, inner=130, renormalized=True, rounded=False), 136, "gelu_pytorch_tanh"),
-        (140, Mixture(2, 2, inner=64, renormalized=False, rounded=True), 140, "silu"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("add", [False, True])
-def test_what_experts_make_of_a_step_is_exact(
-    tokens: int, mixture: Mixture, hidden: int, activation: str, dtype: torch.dtype, add: bool
-) -> None:
-    from penstock.engine.kernels.experts import mix_rows
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Random tokens and experts, and what the experts are to make of the tokens."""
 
+    x: Tensor
+    logits: Tensor
+    gate_up: Tensor
+    down: Tensor
+    expected: Tensor
+
+
+def make_step(tokens: int, mixture: Mixture, hidden: int, activation: str, dtype: torch.dtype, logits: Tensor | None = None) -> Step:
+    """`logits` are the first numbers of each token, if they are given."""
     x = torch.randn(tokens, 2 * hidden).to(dtype)[:, :hidden]
-    logits = torch.randn(tokens, mixture.experts).to(dtype)
+    if logits is None:
+        logits = torch.randn(tokens, mixture.experts).to(dtype)
+    else:
+        x[:, : mixture.experts] = logits = logits.to(dtype)
     gate_up = (torch.randn(mixture.experts, 2 * mixture.inner, hidden) / hidden**0.5).to(dtype)
     down = (torch.randn(mixture.experts, hidden, mixture.inner) / mixture.inner**0.5).to(dtype)
-    stream = torch.randn(tokens, hidden).to(dtype)
     weights, choices = chosen_of(logits, mixture)
-    expected = stream.double() if add else torch.zeros(tokens, hidden, dtype=torch.float64)
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
     for expert in range(mixture.experts):
         gate, up = (x.double() @ gate_up[expert].double().t()).chunk(2, -1)
         share = (weights * (choices == expert)).sum(-1, keepdim=True)
-        expected = expected + share * ((ACTIVATIONS[activation](gate) * up) @ down[expert].double().t())
-    given = [one.to(DEVICE) for one in (x, logits, gate_up, down)]
+        expected += share * ((ACTIVATIONS[activation](gate) * up) @ down[expert].double().t())
+    return Step(x, logits, gate_up, down, expected)
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "mixture", "hidden", "activation", "add"),
+    [
+        (1, Mixture(8, 2, inner=48, renormalized=True, rounded=False), 64, "silu", True),
+        (2, Mixture(128, 8, inner=24, renormalized=True, rounded=True), 80, "silu", False),
+        (9, Mixture(3, 3, inner=70, renormalized=False, rounded=True), 200, "gelu", True),
+        (40, Mixture(5, 1, inner=96, renormalized=False, rounded=True), 64, "silu", False),
+        (50, Mixture(4, 2, inner=130, renormalized=True, rounded=False), 136, "gelu_pytorch_tanh", False),
+        (140, Mixture(2, 2, inner=64, renormalized=False, rounded=True), 140, "silu", True),
+    ],
+    ids=str,
+)
+def test_what_experts_make_of_a_step_is_exact(
+    tokens: int, mixture: Mixture, hidden: int, activation: str, add: bool, dtype: torch.dtype
+) -> None:
+    from penstock.engine.kernels.experts import mix_rows
+
+    step, stream = make_step(tokens, mixture, hidden, activation, dtype), torch.randn(tokens, hidden).to(dtype)
+    given = [one.to(DEVICE) for one in (step.x, step.logits, step.gate_up, step.down)]
     got = [mix_rows(*given, mixture, activation, stream.to(DEVICE) if add else None) for _ in range(2)]
     assert torch.equal(*got), "a step gives different numbers each time"
+    expected = step.expected + stream.double() if add else step.expected
     torch.testing.assert_close(got[0].double().cpu(), expected, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_the_plain_form_is_exact(tokens: int, dtype: torch.dtype) -> None:
+    mixture = Mixture(12, 3, inner=48, renormalized=True, rounded=True)
+    # Each token's logits are all different, and come out of the router as they went in.
+    ranks = torch.rand(tokens, 12).argsort(-1) / 4
+    step = make_step(tokens, mixture, 64, "silu", dtype, ranks)
+    experts = Experts(torch.eye(12, 64).to(dtype), step.gate_up, step.down, mixture)
+    got = experts.run_plain(step.x, PlainGlue([], "silu", dtype).gate)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), step.expected, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
 
 
 @here

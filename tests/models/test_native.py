@@ -153,14 +153,29 @@ def test_weights_that_are_not_as_expected_are_left_to_the_familys_own_loading(tm
         assert refusal.value.code == "broken_weights"
 
 
-def test_weights_are_drawn_from_the_seed_and_leave_no_trace() -> None:
-    config = make("gemma3_text").config
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_an_experts_weights_may_lie_in_several_files_and_none_may_be_missing(name: str, tmp_path: Path) -> None:
+    module = make(name)
+    module.save_pretrained(tmp_path, max_shard_size="40KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 4
+    read = read_weights(tmp_path, module.config, torch.float16, CPU)
+    assert read is not None
+    assert all(torch.equal(weight, module.state_dict()[key].half()) for key, weight in read.items())
+    shard = next(path for path in files if any(".experts.2." in key for key in load_file(path)))
+    save_file({key: weight for key, weight in load_file(shard).items() if ".experts.2." not in key}, shard, metadata={"format": "pt"})
+    assert read_weights(tmp_path, module.config, torch.float32, CPU) is None
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_moe"])
+def test_weights_are_drawn_from_the_seed_and_leave_no_trace(name: str) -> None:
+    config = make(name).config
     state = torch.random.get_rng_state()
     first, again, other = (draw_weights(config, torch.float32, CPU, seed) for seed in (7, 7, 8))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
-    assert float(first["model.embed_tokens.weight"].std()) == pytest.approx(config.initializer_range, rel=0.1)
+    assert all(float(weight.std()) == pytest.approx(config.initializer_range, rel=0.1) for weight in first.values() if weight.dim() > 1)
     decoder = read_decoder(config, CPU)
     assert decoder is not None
     assert logits(NativeModel(decoder, first), torch.arange(1, 40)).isfinite().all()
@@ -182,6 +197,7 @@ def test_a_family_or_form_that_it_does_not_know_is_left_to_its_own_code(tmp_path
     for values in (
         {"model_type": "gpt_neox", "intermediate_size": 96},
         {"model_type": "llama", "hidden_act": "relu"},
+        {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 8.0},
         {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(COMMON | values))
