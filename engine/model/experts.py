@@ -51,7 +51,7 @@ class Experts:
 
     @property
     def products(self) -> tuple[Linear, ...]:
-        """Those of every row, but the router's: few rows or many, that one is by itself."""
+        """Those that every row goes through, but for the router's, which is by itself with few rows too."""
         return ()
 
     def run_few(self, h: Tensor, norm: Norm | None, glue: FusedGlue) -> Tensor:

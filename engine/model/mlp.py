@@ -26,7 +26,7 @@ class Mlp:
 
     @property
     def products(self) -> tuple[Linear, ...]:
-        """Those of every row."""
+        """Those that every row goes through."""
         return self.gate_up, self.down
 
     def run_few(self, h: Tensor, norm: Norm | None, glue: FusedGlue) -> Tensor:

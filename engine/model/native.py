@@ -59,7 +59,7 @@ class Layer:
 
     @property
     def products(self) -> tuple[Linear, ...]:
-        """Those of every row."""
+        """Those that every row goes through."""
         return (self.qkv, self.out, *self.mlp.products)
 
     @property
