@@ -26,7 +26,10 @@ app = typer.Typer(help="Measure this engine, and others beside it.", no_args_is_
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the last line")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="write a picture of the distributions to this PNG file")]
-Model = Annotated[str | None, typer.Option("--model", help="a folder; random weights: cpu-1m, cpu-32m, qwen3-0.6b, qwen3-8b, llama-3.1-8b")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="a folder; random weights: cpu-1m, cpu-32m, qwen3-0.6b, qwen3-8b, qwen3-30b-a3b, llama-3.1-8b"),
+]
 
 
 @app.command("offline")

@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.engine.attention.base import LayerShape
+from penstock.engine.model.experts import Mixture
 from penstock.engine.model.rotary import Rotary, read_rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"})
+MIXTURES = frozenset({"mixtral", "qwen3_moe", "olmoe"})  # their layers are made of experts, or some of them are
+FAMILIES = MIXTURES | {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 # A config keeps whatever keys a file has, and each family reads only its own: so each is asked for only what it reads.
-SLIDING = frozenset({"mistral", "phi3"})  # every layer has the window
+SLIDING = frozenset({"mistral", "phi3", "mixtral", "qwen3_moe"})  # every layer has the window
 SLIDING_BY_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})  # those layers that `layer_types` says
 CAPPED = frozenset({"gemma2", "gemma3_text"})  # soft-caps, a scale of queries, and `hidden_activation`
 SCALED = frozenset({"gemma", "gemma2", "gemma3_text"})  # embeddings times the root of their width; norms keep their weights less one
@@ -36,6 +38,7 @@ class Decoder:
 
     layers: tuple[LayerShape, ...]
     rotaries: tuple[Rotary, ...]  # of each layer
+    mixtures: tuple[Mixture | None, ...]  # the experts of each layer; None: it has one feed-forward
     vocab_size: int
     epsilon: float
     activation: str  # one of `ACTIVATIONS`
@@ -57,6 +60,13 @@ def read_decoder(config: PreTrainedConfig, device: torch.device) -> Decoder | No
         return None
     if any(kind == "sliding_attention" and window is None for kind, window in zip(types, windows, strict=True)):
         return None
+    if family == "qwen3_moe" and config.decoder_sparse_step < 1:
+        return None
+    if family == "olmoe" and (config.clip_qkv is not None or getattr(config, "sliding_window", None) is not None):
+        return None  # clipped; or a window that its attention is given, but its mask does not have
+    mixtures = read_mixtures(config)
+    if any(mixture is not None and not 1 <= mixture.chosen <= mixture.experts for mixture in mixtures):
+        return None
     rotary = {kind: read_rotary(config, kind, device) for kind in set(types)}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = tuple(
@@ -76,8 +86,24 @@ def read_decoder(config: PreTrainedConfig, device: torch.device) -> Decoder | No
         return None
     scaled = family in SCALED
     return Decoder(
-        layers, rotaries, config.vocab_size, config.rms_norm_eps, activation,
+        layers, rotaries, mixtures, config.vocab_size, config.rms_norm_eps, activation,
         embedding_scale=config.hidden_size**0.5 if scaled else None,
         final_softcap=config.final_logit_softcapping if capped else None,
         unit_norms=scaled,
     )  # fmt: skip
+
+
+def read_mixtures(config: PreTrainedConfig) -> tuple[Mixture | None, ...]:
+    """The experts of each layer of a decoder of `FAMILIES`."""
+    family, layers = config.model_type, range(config.num_hidden_layers)
+    if family not in MIXTURES or config.num_experts < 1:
+        return (None,) * len(layers)
+    mixture = Mixture(
+        experts=config.num_experts,
+        chosen=config.num_experts_per_tok,
+        inner=config.moe_intermediate_size if family == "qwen3_moe" else config.intermediate_size,
+        renormalized=family == "mixtral" or config.norm_topk_prob,
+        rounded=family != "mixtral",
+    )
+    step, plain = (config.decoder_sparse_step, config.mlp_only_layers) if family == "qwen3_moe" else (1, [])
+    return tuple(None if i in plain or (i + 1) % step else mixture for i in layers)

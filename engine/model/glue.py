@@ -10,6 +10,7 @@ from torch import Tensor
 
 from penstock.engine.attention.base import LayerAttention
 from penstock.engine.model.decoder import ACTIVATIONS
+from penstock.engine.model.experts import Experts
 from penstock.engine.model.norm import HeadNorm, Norm, WidthNorm
 from penstock.engine.model.rotary import Rotary, rotate
 
@@ -34,6 +35,10 @@ class Glue(Protocol):
 
     def gate(self, x: Tensor) -> Tensor:
         """The activation of the first half of x `[tokens, 2 * width]` times the other half."""
+        ...
+
+    def mix(self, experts: Experts, x: Tensor) -> Tensor:
+        """What the experts that the router chooses for each token of x `[tokens, hidden]` make of it, summed by its weights."""
         ...
 
 
@@ -64,14 +69,17 @@ class PlainGlue:
         width = x.shape[1] // 2
         return self.activation(x[:, :width]) * x[:, width:]
 
+    def mix(self, experts: Experts, x: Tensor) -> Tensor:
+        return experts.run_plain(x, self.gate)
+
 
 class FusedGlue:
     """In one Triton kernel each, with what `backend` holds of the step."""
 
     def __init__(self, rotaries: Sequence[Rotary], activation: str, backend: TritonAttention) -> None:
-        from penstock.engine.kernels import few_rows, gate, residual  # Triton comes with CUDA builds of torch only
+        from penstock.engine.kernels import experts, few_rows, gate, residual  # Triton comes with CUDA builds of torch only
 
-        self._join, self._gate = residual.join_rows, gate.gate_rows
+        self._join, self._gate, self._mix = residual.join_rows, gate.gate_rows, experts.mix_rows
         self.product, self.is_few, self.suits_few = few_rows.multiply_few, few_rows.is_few, few_rows.suits_few
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
@@ -98,3 +106,10 @@ class FusedGlue:
 
     def gate(self, x: Tensor) -> Tensor:
         return self._gate(x, self.activation)
+
+    def mix(self, experts: Experts, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """With `add` `[tokens, hidden]`, plus that."""
+        if experts.stacks is None:
+            y = experts.run_plain(x, self.gate)
+            return y if add is None else add + y
+        return self._mix(x, experts.router(x), *experts.stacks, experts.mixture, self.activation, add)

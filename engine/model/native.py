@@ -11,8 +11,10 @@ from torch import Tensor
 
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape, can_fuse
 from penstock.engine.model.decoder import Decoder
+from penstock.engine.model.experts import Experts, Mixture
 from penstock.engine.model.glue import FusedGlue, Glue, PlainGlue
 from penstock.engine.model.linear import Dense, Linear
+from penstock.engine.model.mlp import Mlp
 from penstock.engine.model.norm import Norm, head_norm
 from penstock.engine.model.rotary import Rotary
 from penstock.engine.model.spec import ModelError
@@ -23,7 +25,9 @@ Weights = dict[str, Tensor]  # by the names of transformers' `ForCausalLM`; what
 class Layer:
     """One decoder layer: attention and feed-forward, each added to what came in."""
 
-    def __init__(self, weights: Weights, name: str, shape: LayerShape, rotary: Rotary, decoder: Decoder) -> None:
+    def __init__(
+        self, weights: Weights, name: str, shape: LayerShape, rotary: Rotary, mixture: Mixture | None, decoder: Decoder
+    ) -> None:
         self.rotary = rotary
         self.paged: LayerAttention | None = None
 
@@ -38,8 +42,7 @@ class Layer:
         self.norm_heads = head_norm(queries, keys, shape.heads, shape.kv_heads, shape.head_dim)
         self.qkv = _fused(weights, f"{name}.self_attn", ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
         self.out = _fused(weights, f"{name}.self_attn", ("o_proj",))
-        self.gate_up = _fused(weights, f"{name}.mlp", ("gate_up_proj",), ("gate_proj", "up_proj"))
-        self.down = _fused(weights, f"{name}.mlp", ("down_proj",))
+        self.mlp = _mlp(weights, f"{name}.mlp") if mixture is None else _experts(weights, f"{name}.mlp", mixture)
 
     def __call__(self, h: Tensor, x: Tensor | None, after: Norm | None, glue: Glue, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """h and x `[tokens, hidden]`: what came in, and what the layer before has still to add to it, by way of its norm `after`. Returns
@@ -52,13 +55,17 @@ class Layer:
         if rows is not None:
             h, y = h.index_select(0, rows), y.index_select(0, rows)
         h, y = glue.join(h, self.out(y), self.after_attention, self.before_mlp)
-        return h, self.down(glue.gate(self.gate_up(y)))
+        return h, self.mlp(y, glue)
+
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        """Those that every row goes through."""
+        return (self.qkv, self.out, *self.mlp.products)
 
     def suits_few(self, glue: FusedGlue) -> bool:
         """Whether `run_few` can do it: nothing stands between a product and the sum, and weights are as they were."""
-        products = (self.qkv, self.out, self.gate_up, self.down)
         plain = self.after_attention is None and self.after_mlp is None
-        return plain and all(isinstance(one.method, Dense) and glue.suits_few(one.weight) for one in products)
+        return plain and all(isinstance(one.method, Dense) and glue.suits_few(one.weight) for one in self.products)
 
     def run_few(self, h: Tensor, glue: FusedGlue) -> Tensor:
         """The same for a few rows, in products that take the norm before them and the sum or gate after them along. Returns both summed."""
@@ -68,8 +75,7 @@ class Layer:
         qkv = product(h, self.qkv.weight, self.qkv.bias, norm=self.before_attention)
         y = glue.attend(paged, qkv, self.norm_heads, self.rotary)
         h = product(y, self.out.weight, self.out.bias, add=h)
-        y = product(h, self.gate_up.weight, self.gate_up.bias, norm=self.before_mlp, activation=glue.activation)
-        return product(y, self.down.weight, self.down.bias, add=h)
+        return self.mlp.run_few(h, self.before_mlp, glue)
 
 
 class NativeModel:
@@ -87,8 +93,8 @@ class NativeModel:
             self.embedding = _own(embedding)
             del embedding
             self.blocks = [
-                Layer(weights, f"model.layers.{i}", shape, rotary, decoder)
-                for i, (shape, rotary) in enumerate(zip(decoder.layers, decoder.rotaries, strict=True))
+                Layer(weights, f"model.layers.{i}", *facts, decoder)
+                for i, facts in enumerate(zip(decoder.layers, decoder.rotaries, decoder.mixtures, strict=True))
             ]
             self.norm = _norm(weights, "model.norm", decoder)
         except KeyError as error:
@@ -100,7 +106,7 @@ class NativeModel:
         scale = decoder.embedding_scale
         self.scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=self.device)
         self.suits_few = False
-        self.widest = max(max(block.down.in_features, block.out.in_features, block.qkv.in_features) for block in self.blocks)
+        self.widest = max(product.in_features for block in self.blocks for product in block.products)
         self.kept: Tensor | None = None
         self.glue: Glue = self._plain_glue()
 
@@ -173,3 +179,12 @@ def _fused(weights: Weights, name: str, *choices: tuple[str, ...]) -> Linear:
     has_bias = any(f"{name}.{part}.bias" in weights for part in names)
     biases = [weights.pop(f"{name}.{part}.bias") for part in names] if has_bias else []
     return Linear(torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(biases) if biases else None)
+
+
+def _mlp(weights: Weights, name: str) -> Mlp:
+    return Mlp(_fused(weights, name, ("gate_up_proj",), ("gate_proj", "up_proj")), _fused(weights, name, ("down_proj",)))
+
+
+def _experts(weights: Weights, name: str, mixture: Mixture) -> Experts:
+    router = _own(weights.pop(f"{name}.gate.weight"))
+    return Experts(router, weights.pop(f"{name}.experts.gate_up_proj"), weights.pop(f"{name}.experts.down_proj"), mixture)

@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": COMMON,
     "mixtral": COMMON | MOE | {"num_local_experts": 4},
     "qwen3_moe": COMMON | MOE | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 48},
+    "olmoe": COMMON | MOE | {"num_experts": 4},
     "gpt_oss": COMMON | MOE | WINDOW | {"head_dim": 16, "num_local_experts": 4},
 }
 

@@ -54,6 +54,10 @@ def sized(runner: Runner) -> StepGraphs:
 @here
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_with_the_kernels_gives_the_tokens_of_a_plain_one(name: str) -> None:
+    compare_runs(name)
+
+
+def compare_runs(name: str) -> None:
     model = build(make(name).to(DEVICE))
     # Greedy, drawn, with wishes that the sampling in a graph does not know, and one that ends before the others.
     top, penalized = Sampler(temperature=0.7, seed=2, top_k=5), Sampler(presence_penalty=0.5)
@@ -138,6 +142,10 @@ def test_a_size_that_memory_has_no_room_for_is_run_step_by_step_and_the_others_s
 @pytest.mark.parametrize("name", ["llama", "qwen3", "biases"])
 @pytest.mark.parametrize("tokens", [2, 9])  # on either side of where products change
 def test_in_half_precision_it_errs_no_more_than_transformers(name: str, tokens: int) -> None:
+    compare_errors(name, tokens)
+
+
+def compare_errors(name: str, tokens: int) -> None:
     from penstock.engine.attention.triton import TritonAttention
 
     module = make(name, torch.float16).to(DEVICE)

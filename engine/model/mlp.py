@@ -1,0 +1,35 @@
+"""A gated feed-forward: down(activation(gate(x)) * up(x)), with gate and up as one product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from penstock.engine.model.linear import Linear
+from penstock.engine.model.norm import Norm
+
+if TYPE_CHECKING:
+    from penstock.engine.model.glue import FusedGlue, Glue
+
+
+class Mlp:
+    """`gate_up` is `[2 * inner, hidden]`, the gate first; `down` `[hidden, inner]`."""
+
+    __slots__ = ("down", "gate_up")
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self.gate_up, self.down = gate_up, down
+
+    def __call__(self, y: Tensor, glue: Glue) -> Tensor:
+        return self.down(glue.gate(self.gate_up(y)))
+
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        """Those that every row goes through."""
+        return self.gate_up, self.down
+
+    def run_few(self, h: Tensor, norm: Norm | None, glue: FusedGlue) -> Tensor:
+        """h `[rows, hidden]` plus the feed-forward of its norm."""
+        y = glue.product(h, self.gate_up.weight, self.gate_up.bias, norm=norm, activation=glue.activation)
+        return glue.product(y, self.down.weight, self.down.bias, add=h)
