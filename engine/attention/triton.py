@@ -15,14 +15,17 @@ from penstock.engine.kernels.paged_attention import Chunks, attend_chunks, queri
 
 class TritonAttention:
     """`engine.attention.base.AttentionBackend` for a `KVPool`. The block tables live on the device and get only what changed; after those
-    of the slots comes one that stays empty, for rows that only fill up a CUDA graph."""
+    of the slots comes one that stays empty, for rows that only fill up a CUDA graph.
+
+    `deterministic`: a decode is a chunk of one token, so that the bits of a token do not depend on which it was, nor on how many programs
+    would have shared its keys."""
 
     sorts_decodes = False
     fuses = True
 
-    def __init__(self, pool: KVPool, layers: Sequence[LayerShape], slots: int, columns: int) -> None:
+    def __init__(self, pool: KVPool, layers: Sequence[LayerShape], slots: int, columns: int, *, deterministic: bool = False) -> None:
         device = pool.stacks[0].device
-        self.pool = pool
+        self.pool, self.deterministic = pool, deterministic
         self.table = torch.zeros((slots + 1, columns), dtype=torch.int32, device=device)
         self.kv_heads = max(layer.kv_heads for layer in layers)
         self.tickets = torch.zeros((slots + 1) * self.kv_heads, dtype=torch.int32, device=device)
@@ -41,7 +44,7 @@ class TritonAttention:
         return int(self.table.shape[1]) * self.pool.block_size
 
     def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
-        decodes = rows.decodes
+        decodes = 0 if self.deterministic else rows.decodes
         self._grid = (decodes, int(rows.starts[:decodes].max()) + 1 if decodes else 0)
         sent: Columns = {"places": places, "decodes": np.array([decodes])}
         slots, columns = rows.written
@@ -62,7 +65,7 @@ class TritonAttention:
         """The columns of `prepare`, but those of the table, of any step of so many tokens and rows at most: how long they can be, and what
         fills them up so that it does nothing."""
         found = {"places": (tokens, -1)}
-        if chunks:
+        if chunks or self.deterministic:
             found |= {"row.slots": (rows, rows), "row.starts": (rows, 0), "row.firsts": (rows + 1, 0)}
             for queries in self.tiles:
                 most = tokens // queries + min(rows, tokens)
@@ -83,6 +86,7 @@ class TritonAttention:
         no `row.` columns, slots and starts are those of the tokens."""
         self.places = columns["places"]
         slots, starts = columns.get("row.slots", columns["sources"]), columns.get("row.starts", columns["positions"])
+        decodes = 0 if self.deterministic else decodes
         splits = splits_for(decodes, self.kv_heads, self.processors, longest)
         self.decodes = Decodes(slots, starts, self.table, columns["decodes"], decodes, splits) if decodes else None
         self.chunks = {

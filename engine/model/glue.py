@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import LayerAttention
+from penstock.engine.model import invariant
 from penstock.engine.model.decoder import ACTIVATIONS
 from penstock.engine.model.norm import HeadNorm, Norm, WidthNorm
 from penstock.engine.model.rotary import Rotary, rotate
@@ -40,8 +42,9 @@ class Glue(Protocol):
 class PlainGlue:
     """In torch's operations, for any device and any backend of attention."""
 
-    def __init__(self, rotaries: Sequence[Rotary], activation: str, dtype: torch.dtype) -> None:
-        self.rotaries, self.activation, self.dtype = tuple(dict.fromkeys(rotaries)), ACTIVATIONS[activation], dtype
+    def __init__(self, rotaries: Sequence[Rotary], activation: str, dtype: torch.dtype, *, deterministic: bool = False) -> None:
+        self.rotaries, self.dtype = tuple(dict.fromkeys(rotaries)), dtype
+        self.activation = (invariant.ACTIVATIONS if deterministic else ACTIVATIONS)[activation]
         self.turns: dict[Rotary, tuple[Tensor, Tensor]] = {}
 
     def begin(self, positions: Tensor) -> None:
@@ -68,10 +71,10 @@ class PlainGlue:
 class FusedGlue:
     """In one Triton kernel each, with what `backend` holds of the step."""
 
-    def __init__(self, rotaries: Sequence[Rotary], activation: str, backend: TritonAttention) -> None:
+    def __init__(self, rotaries: Sequence[Rotary], activation: str, backend: TritonAttention, *, deterministic: bool = False) -> None:
         from penstock.engine.kernels import few_rows, gate, heads, residual  # Triton comes with CUDA builds of torch only
 
-        self._join, self._gate, self._turn = residual.join_rows, gate.gate_rows, heads.turn_heads
+        self._join, self._gate, self._turn = residual.join_rows, gate.gate_rows, partial(heads.turn_heads, alike=deterministic)
         self.product, self.is_few = few_rows.multiply_few, few_rows.is_few
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
