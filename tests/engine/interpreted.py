@@ -17,6 +17,8 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 READY = GPU or INTERPRETED
 here = pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
+# Of a window, the kernel's first tile of keys begins where the chunk sees them first, not at a multiple of a tile from position 0.
+unaligned = pytest.mark.xfail(strict=True, reason="the first tile of keys of a window is not aligned to its size")
 elsewhere = pytest.mark.skipif(READY, reason="the kernels run in this process")
 
 
