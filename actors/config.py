@@ -22,6 +22,9 @@ class EngineConfig:
     device: str = _setting("auto", "auto, cpu or cuda")
     decoder: str = _setting("auto", "`native`, our own lean code; `adopted`, transformers' code of the family; auto: native where it can")
     graphs: bool = _setting(True, "on a GPU, steps are CUDA graphs, captured when one of their size first comes")
+    deterministic: bool = _setting(
+        False, "a stream's bits depend on it alone: not on its neighbours in a batch, on chunks, cached prefixes, graphs or restarts"
+    )
     executor: str = _setting("model", "`model`, or `mock`: the same messages and no model")
     mock_step: float = _setting(0.0, "seconds that a step of a mock executor takes, and once more for every 16 tokens in it")
     tokenizer: str | None = _setting(None, "where the tokenizer is, if not with the model; `none`: token ids only")

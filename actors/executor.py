@@ -186,6 +186,6 @@ def opening(config: EngineConfig) -> dict[str, Any]:
     """The settings that concern the engine proper, by the names that `engine.open` gives them."""
     names = (
         "model", "weights", "dtype", "device", "max_model_len", "memory", "block_size", "blocks", "max_running", "token_budget",
-        "lookahead", "threads", "seed", "decoder", "graphs", "time_steps",
+        "lookahead", "threads", "seed", "decoder", "graphs", "deterministic", "time_steps",
     )  # fmt: skip
     return {name: getattr(config, name) for name in names}

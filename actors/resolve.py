@@ -35,6 +35,7 @@ class Model:
     eos: tuple[int, ...]
     defaults: Mapping[str, Any]  # of generation_config
     dtype: str = "none"
+    deterministic: bool = True
 
     @classmethod
     def from_facts(cls, executor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Self:
@@ -48,6 +49,7 @@ class Model:
             eos=tuple(executor["eos"]),
             defaults=executor["defaults"],
             dtype=executor["dtype"],
+            deterministic=executor["deterministic"],
         )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from penstock.actors.resolve import Model
 from penstock.actors.sessions import Session
 
+_SHOWN = ("name", "digest", "max_model_len", "dtype", "deterministic")  # of the model
+
 
 def list_requests(session: Session, now: float) -> list[dict[str, Any]]:
     """The client's open requests; `age` in seconds."""
@@ -31,7 +33,7 @@ def status_report(state: str, model: Model | None, counts: dict[str, int], clien
         scheduler["batch_mean"] = scheduler["rows"] / scheduler["steps"]
     return {
         "state": state,
-        "model": {name: getattr(model, name) for name in ("name", "digest", "max_model_len", "dtype")} if model is not None else {},
+        "model": {name: getattr(model, name) for name in _SHOWN} if model is not None else {},
         "requests": {"open": counts["open"], "total": counts["requests"], "finished": counts["finished"], "failed": counts["failed"]},
         "tokens": {"generated": counts["generated_tokens"], "prompt": counts["prompt_tokens"]},
         "clients": clients,

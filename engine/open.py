@@ -33,7 +33,7 @@ def open_mock(
         "defaults": {"temperature": 0.0},
         "slots": max_running, "blocks": blocks or max_running * 4096 // block_size, "block_size": block_size,
         "token_budget": token_budget or 8192, "dtype": "none", "device": "none", "decoder": "none", "attention": "none",
-        "graphs": False, "step_s": mock_step * (1 + (token_budget or 8192) / PACED),
+        "graphs": False, "deterministic": True, "step_s": mock_step * (1 + (token_budget or 8192) / PACED),
     }  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def open_model(
     seed: int,
     decoder: str,
     graphs: bool,
+    deterministic: bool,
     time_steps: bool,
 ) -> tuple[Runner, dict[str, Any]]:
     """Load a model, size its cache, warm it up. Raises `ModelError`.
@@ -80,7 +81,7 @@ def open_model(
         torch.set_num_threads(threads or os.cpu_count() or 1)
     dtype = "float32" if dtype == "auto" and on_cpu else dtype
     spec = read_spec(model_folder(model), dtype=dtype, max_model_len=max_model_len, weights=weights, seed=seed)
-    built = build_model(spec, torch.device(device), decoder)
+    built = build_model(spec, torch.device(device), decoder, deterministic=deterministic)
     work = Workload(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size
     )
@@ -97,5 +98,5 @@ def open_model(
         },
         "slots": max_running, "blocks": count, "block_size": block_size, "token_budget": work.token_budget, "dtype": spec.dtype,
         "device": device, "decoder": type(built).__name__, "attention": type(runner.attention).__name__,
-        "graphs": runner.graphs is not None, "step_s": step_s,
+        "graphs": runner.graphs is not None, "deterministic": built.deterministic, "step_s": step_s,
     }  # fmt: skip

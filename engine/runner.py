@@ -23,10 +23,11 @@ from torch import Tensor
 
 from penstock.engine.attention.base import AttentionBackend, Columns, Int32, KVPool, StepRows, can_fuse
 from penstock.engine.attention.gather import GatherAttention
-from penstock.engine.attention.inplace import InPlaceAttention
+from penstock.engine.attention.inplace import InPlaceAttention, TokenAttention
 from penstock.engine.attention.inplace import suits as inplace_suits
 from penstock.engine.kernels.cpu import load_kernels
 from penstock.engine.model.base import Model, run_model
+from penstock.engine.model.spec import ModelError
 from penstock.engine.plan import StepPlan
 from penstock.engine.results import CannotRecord, Launched
 from penstock.engine.sampling import Logprobs, SlotSampler, top_logprobs
@@ -233,15 +234,17 @@ def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBac
     if kind == "triton" or (kind == "auto" and model.device.type == "cuda"):
         from penstock.engine.attention.triton import TritonAttention  # Triton comes with CUDA builds of torch only
 
-        return TritonAttention(pool, model.layers, config.slots, config.columns)
+        return TritonAttention(pool, model.layers, config.slots, config.columns, deterministic=model.deterministic)
     if kind == "inplace" or (kind == "auto" and inplace_suits(model.layers, pool.block_size, model.dtype, model.device)):
         kernels = load_kernels()
         if kernels is not None:
-            return InPlaceAttention(pool, model.layers, kernels)
+            return (TokenAttention if model.deterministic else InPlaceAttention)(pool, model.layers, kernels)
         if kind == "inplace":
             raise ValueError("attention='inplace': needs a C compiler with OpenMP")
     if kind not in ("auto", "gather"):
         raise ValueError(f"attention={kind!r}: must be auto, gather, inplace or triton")
+    if model.deterministic:
+        raise ModelError("unsupported_model", "deterministic: on a CPU it needs float32, and heads of a multiple of 16")
     return GatherAttention(pool, model.layers)
 
 

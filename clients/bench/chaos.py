@@ -56,9 +56,11 @@ async def chaos(
     with tempfile.TemporaryDirectory(prefix="penstock-chaos-") as folder:
         log = Path(config.setdefault("log_file", str(Path(folder) / "log.jsonl")))
         async with engine(model or "tiny", **config) as (client, _):
-            vocab, dtype = int(client.model["vocab_size"]), (await client.status())["model"]["dtype"]
-            orders = mixed(streams, output or (6000 if mock else 160), vocab, logprobs=not mock)
-            load = Load(client, orders, vocab, exact=dtype in ("none", "float32"))
+            vocab, facts = int(client.model["vocab_size"]), (await client.status())["model"]
+            dtype, deterministic = facts["dtype"], facts["deterministic"]
+            # Without log-probabilities there are no ties.
+            orders = mixed(streams, output or (6000 if mock else 160), vocab, logprobs=not deterministic)
+            load = Load(client, orders, vocab, exact=deterministic or dtype == "float32")
             await load.measure()
             parting = await load.part()
             begun = time.perf_counter()
@@ -71,7 +73,7 @@ async def chaos(
     return {
         "kills": sum(len(blow.kinds) for blow in blows), "streams": sum(load.verdicts.values()), "lost": load.verdicts[LOST],
         "repeated": load.verdicts[REPEATED], "diverged": load.verdicts[DIVERGED], "ties": load.verdicts[TIED],
-        "exact": load.exact, "dtype": dtype, "parting_undisturbed": parting,
+        "exact": load.exact, "dtype": dtype, "deterministic": deterministic, "parting_undisturbed": parting,
         **_recovery("recovery", [second for blow in blows for second in blow.seconds]),
         "recovery": {kind: _recovery("", [second for blow in blows if blow.kinds == (kind,) for second in blow.seconds]) for kind in KINDS},
         "blows": [list(blow.kinds) for blow in blows], "open_streams": [len(blow.seconds) for blow in blows],

@@ -127,8 +127,8 @@ def chaos_command(
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Kill random actors under load: every stream must equal its undisturbed run. Fails if one does not; if the model is not float32, only
-    if one lost or repeated something, since there it may part whenever a batch is grouped differently."""
+    """Kill random actors under load: every stream must equal its undisturbed run. Fails if one does not; if the model is neither
+    float32 nor deterministic, only if one lost or repeated something, since there it may part whenever a batch is grouped differently."""
     with reported():
         figures = asyncio.run(chaos(model, kills, streams, output, seed, kinds, **only_given(given)))
         figures["machine"] = machine()

@@ -78,6 +78,15 @@ class InPlaceAttention(GatherAttention):
         return found
 
 
+class TokenAttention(InPlaceAttention):
+    """The kernel for every token, those of chunks too, each a row of its own: its bits depend on its sequence alone. Slower for prefills,
+    where a key is read again for each query."""
+
+    def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
+        slots, ones = np.repeat(rows.slots, rows.counts), np.ones_like(positions)
+        return super().prepare(StepRows(slots, positions, ones, len(positions), rows.table, rows.written), positions, places)
+
+
 def _side_by_side(x: Tensor) -> Tensor:
     """x `[tokens, heads, dim]` with the heads of a token side by side, as the kernel wants them; copied only if they are not."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

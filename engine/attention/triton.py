@@ -18,14 +18,17 @@ TILE = ("slots", "starts", "firsts", "counts")  # of `Chunks`
 
 class TritonAttention:
     """`engine.attention.base.AttentionBackend` for a `KVPool`. The block tables live on the device and get only what changed; after those
-    of the slots comes one that stays empty, for rows that only fill up a CUDA graph."""
+    of the slots comes one that stays empty, for rows that only fill up a CUDA graph.
+
+    `deterministic`: a decode is a chunk of one token, so that the bits of a token do not depend on which it was, nor on how many programs
+    would have shared its keys."""
 
     sorts_decodes = False
     fuses = True
 
-    def __init__(self, pool: KVPool, layers: Sequence[LayerShape], slots: int, columns: int) -> None:
+    def __init__(self, pool: KVPool, layers: Sequence[LayerShape], slots: int, columns: int, *, deterministic: bool = False) -> None:
         device = pool.stacks[0].device
-        self.pool = pool
+        self.pool, self.deterministic = pool, deterministic
         self.table = torch.zeros((slots + 1, columns), dtype=torch.int32, device=device)
         self.kv_heads = max(layer.kv_heads for layer in layers)
         self.tickets = torch.zeros((slots + 1) * self.kv_heads, dtype=torch.int32, device=device)
@@ -44,7 +47,7 @@ class TritonAttention:
         return int(self.table.shape[1]) * self.pool.block_size
 
     def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
-        decodes = rows.decodes
+        decodes = 0 if self.deterministic else rows.decodes
         self._grid = (decodes, int(rows.starts[:decodes].max()) + 1 if decodes else 0)
         sent: Columns = {"places": places, "decodes": np.array([decodes])}
         slots, columns = rows.written
@@ -70,7 +73,7 @@ class TritonAttention:
         """The columns of `prepare`, but those of the table, of any step of so many tokens and rows at most: how long they can be, and what
         fills them up so that it does nothing."""
         found = {"places": (tokens, -1)}
-        for queries in self.tiles if chunks else ():
+        for queries in self.tiles if chunks or self.deterministic else ():
             most = tokens // queries + min(rows, tokens)
             found |= {f"tile.{name}.{queries}": (most, 0) for name in TILE}
         return found
@@ -87,6 +90,7 @@ class TritonAttention:
     def begin_sized(self, columns: Mapping[str, Tensor], decodes: int, longest: int) -> None:
         """`begin`, for up to so many decodes, which are the first tokens; `longest` only decides how many programs share one."""
         self.places = columns["places"]
+        decodes = 0 if self.deterministic else decodes
         splits = splits_for(decodes, self.kv_heads, self.processors, longest)
         self.decodes = (
             Decodes(columns["sources"], columns["positions"], self.table, columns["decodes"], decodes, splits) if decodes else None
@@ -119,7 +123,9 @@ class TritonAttention:
         """From a layer's fused product `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads, dim]`: norm and turn the heads, write
         keys and values, attend. See `engine.kernels.heads.turn_heads`. A step of decodes alone does it all in one launch."""
         if self.chunks or self.decodes is None:
-            q = turn_heads(qkv, weights, epsilon, cos, sin, positions, self.places, layer.keys, layer.values)
+            q = turn_heads(
+                qkv, weights, epsilon, cos, sin, positions, self.places, layer.keys, layer.values, alike=self.deterministic
+            )  # fmt: skip
             return self.attend_written(layer, q)
         shape = layer.shape
         out = qkv.new_empty((len(qkv), shape.heads, shape.value_dim))

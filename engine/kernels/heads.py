@@ -74,20 +74,21 @@ def _turn(  # type: ignore[no-untyped-def]
 
 def turn_heads(
     qkv: Tensor, weights: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor, positions: Tensor, places: Tensor, keys: Tensor,
-    values: Tensor,
+    values: Tensor, *, alike: bool = False,
 ) -> Tensor:  # fmt: skip
     """Norm and turn queries and keys, write keys and values to the pool, return the queries `[tokens, heads, dim]`.
 
     qkv `[tokens, (heads + 2 * kv_heads) * dim]`: queries, keys, values. `weights` `[heads + kv_heads, dim]` of an RMSNorm over each
     head, or None. cos and sin float32 `[positions, pairs]` of the first `2 * pairs` dimensions of a head, of which one and the one
     `pairs` further on turn together. positions int64 `[tokens]`; places int64 `[tokens]`, counted in tokens from the start of the pool,
-    or below 0: then nothing is written. keys and values `[blocks, kv_heads, block_size, dim]`.
+    or below 0: then nothing is written. keys and values `[blocks, kv_heads, block_size, dim]`. `alike`: programs are the same for any
+    number of tokens, and so are the bits of a token's norms, whose order of summing is the compiler's.
     """
     tokens = len(qkv)
     _, kv_heads, size, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
     q = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
-    block = 1 if tokens <= 64 else TOKENS
+    block = 1 if tokens <= 64 and not alike else TOKENS
     _turn[(triton.cdiv(tokens, block), heads + 2 * kv_heads)](
         qkv, q if weights is None else weights, cos, sin, positions, places, q, keys, values, tokens, qkv.stride(0), epsilon,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAIRS=cos.shape[1], SIZE=size, TOKENS=block,

@@ -7,7 +7,8 @@ without a word. Whatever the probe does not understand is refused by name; nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 KEY = "penstock"  # our attention under transformers' interface; no mask function goes by this name, so no mask is ever built
 PROBE = "penstock_probe"  # the same for the probe, with a mask function that returns a `MaskFacts` in place of a mask
 PROBE_TOKENS = 8
+BATCHES = (1, 2, 5, 37, 256)  # tokens that are run together, to see whether a token's bits depend on how many there are
 HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")  # tensors that a layer may pass and we need not know
 
 
@@ -46,20 +48,24 @@ class Probe:
 class AdoptedModel:
     """A transformers model whose attention and linear layers are the engine's: a `Model`.
 
-    Raises `ModelError` (unsupported_model) for a family that cannot be adopted.
+    `deterministic` is for families whose own code, between the linear layers, computes each token by itself; that is measured, too.
+    Raises `ModelError`: unsupported_model for a family that cannot be adopted, or cannot be deterministic; invalid_option where its linear
+    layers cannot.
     """
 
-    def __init__(self, module: PreTrainedModel) -> None:
-        self.module = module
+    def __init__(self, module: PreTrainedModel, *, deterministic: bool = False) -> None:
+        self.module, self.deterministic = module, deterministic
         self.dtype: torch.dtype = module.dtype
         self.device: torch.device = module.device
         self.vocab_size = int(module.config.get_text_config().vocab_size)
         _register()
         self.sites, self.layers, before = _probe(module)
-        _replace_linears(module)
+        _replace_linears(module, deterministic=deterministic)
         _, _, after = _probe(module)
         if not torch.allclose(before, after, rtol=0.0, atol=_tolerance(before)):
             raise _refusal(module, "its logits changed when its linear layers were replaced, so it uses them in some other way")
+        if deterministic:
+            _check_rows(module)
         module.set_attn_implementation(KEY)
         self.body = Replay(module.base_model) if module.base_model is not module else None
 
@@ -151,18 +157,10 @@ def _probe(module: PreTrainedModel) -> tuple[tuple[nn.Module, ...], tuple[LayerS
     module.set_attn_implementation(PROBE)
     if module.config._attn_implementation != PROBE:
         raise _refusal(module, "it does not take an attention implementation")
-    order: list[nn.Module] = []
-    for part in module.modules():
-        part.paged = Probe(order)
     ids = torch.arange(1, PROBE_TOKENS + 1, device=module.device) % int(module.config.get_text_config().vocab_size)
-    try:
-        with torch.inference_mode():
-            out = module(input_ids=ids[None], use_cache=False, logits_to_keep=torch.arange(PROBE_TOKENS, device=module.device))
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        raise _refusal(module, f"a probe of it failed: {type(error).__name__}: {error}") from error
-    found: list[tuple[nn.Module, Any]] = [(part, part.paged) for part in order]
-    for part in module.modules():
-        del part.paged
+    with _probing(module) as order:
+        out = module(input_ids=ids[None], use_cache=False, logits_to_keep=torch.arange(PROBE_TOKENS, device=module.device))
+        found: list[tuple[nn.Module, Any]] = [(part, part.paged) for part in order]
     layers = int(module.config.get_text_config().num_hidden_layers)
     if len(found) != layers or len({id(part) for part, _ in found}) != layers:
         raise _refusal(
@@ -175,6 +173,40 @@ def _probe(module: PreTrainedModel) -> tuple[tuple[nn.Module, ...], tuple[LayerS
     if logits.shape != (PROBE_TOKENS, int(module.config.get_text_config().vocab_size)):
         raise _refusal(module, f"its logits have the shape {tuple(logits.shape)}")
     return tuple(part for part, _ in found), shapes, logits
+
+
+@contextmanager
+def _probing(module: PreTrainedModel) -> Iterator[list[nn.Module]]:
+    """Forwards in here are probes; yields the attention modules, in the order of their use."""
+    order: list[nn.Module] = []
+    for part in module.modules():
+        part.paged = Probe(order)
+    try:
+        with torch.inference_mode():
+            yield order
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+        raise _refusal(module, f"a probe of it failed: {type(error).__name__}: {error}") from error
+    for part in module.modules():
+        del part.paged
+
+
+def _check_rows(module: PreTrainedModel) -> None:
+    """Whether a token has the same logits, bit for bit, with any number of others, where none attends to another."""
+    most = max(BATCHES)
+    ids = torch.arange(most, device=module.device) * 7 % int(module.config.get_text_config().vocab_size)
+    places = torch.arange(most, device=module.device) % PROBE_TOKENS
+
+    def logits(some: slice) -> Tensor:
+        found: Tensor = module(input_ids=ids[None, some], position_ids=places[None, some], use_cache=False).logits[0]
+        return found
+
+    with _probing(module):
+        whole = logits(slice(most))
+        same = all(
+            torch.equal(logits(slice(low, low + count)), whole[low : low + count]) for count in BATCHES for low in (0, most - count)
+        )
+    if not same:
+        raise _refusal(module, "deterministic was asked for, but in its own code a token's bits depend on what else is in a batch")
 
 
 def _shape(module: PreTrainedModel, shape: LayerShape, mask: Any, given: dict[str, Any]) -> LayerShape:
@@ -215,7 +247,7 @@ def _is_window(sees: Callable[..., Any], window: int | None) -> bool:
     return True
 
 
-def _replace_linears(module: nn.Module) -> None:
+def _replace_linears(module: nn.Module, *, deterministic: bool) -> None:
     """Every `nn.Linear`, and GPT-2's `Conv1D`, whose weight lies the other way round, becomes a `Linear`. A weight that is also an
     embedding lives on there."""
     from transformers.pytorch_utils import Conv1D
@@ -224,9 +256,9 @@ def _replace_linears(module: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             part: Any = child
             if type(child) is nn.Linear:
-                setattr(parent, name, Linear(part.weight, part.bias))
+                setattr(parent, name, Linear(part.weight, part.bias, deterministic=deterministic))
             elif type(child) is Conv1D:
-                setattr(parent, name, Linear(part.weight.t().contiguous(), part.bias))
+                setattr(parent, name, Linear(part.weight.t().contiguous(), part.bias, deterministic=deterministic))
 
 
 def _tolerance(logits: Tensor) -> float:

@@ -18,6 +18,7 @@ class Model(Protocol):
     vocab_size: int
     dtype: torch.dtype
     device: torch.device
+    deterministic: bool  # whether a token's bits do not depend on what else is in the step, given attention of which that is true
 
     def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
         """Give each attention layer its part of the pool, and all of them the backend that holds the step."""

@@ -19,22 +19,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def build_model(spec: ModelSpec, device: torch.device, decoder: str = "auto") -> Model:
-    """Load the weights of `spec` and build its model. `decoder` is "auto", "native" or "adopted". Raises `ModelError`: as `load_model`
-    does, and unsupported_model for a family that neither way, or not the one asked for, can run."""
+def build_model(spec: ModelSpec, device: torch.device, decoder: str = "auto", *, deterministic: bool = False) -> Model:
+    """Load the weights of `spec` and build its model. `decoder` is "auto", "native" or "adopted". `deterministic`: a token's bits do not
+    depend on what else is in a step. Raises `ModelError`: as `load_model` does, unsupported_model for a family that neither way, or not
+    the one asked for, can run, or can be deterministic, and invalid_option for a device or dtype that cannot."""
     config = read_config(spec)
     found = None if decoder == "adopted" else read_decoder(config, device)
     if found is not None and (weights := _weights(spec, config, device)) is not None:
-        return NativeModel(found, weights)
+        return NativeModel(found, weights, deterministic=deterministic)
     if found is None and decoder == "native":
         known = ", ".join(sorted(FAMILIES))
         raise ModelError("unsupported_model", f"{spec.model_type}: the native decoder runs plain forms of {known}; use decoder=auto")
     module = load_model(spec, device)
     if found is None:
-        return AdoptedModel(module)
+        return AdoptedModel(module, deterministic=deterministic)
     weights = {name: weight.detach() for name, weight in module.state_dict().items()}
     del module  # so that each weight is freed once it is packed
-    return NativeModel(found, weights)
+    return NativeModel(found, weights, deterministic=deterministic)
 
 
 def _weights(spec: ModelSpec, config: PreTrainedConfig, device: torch.device) -> dict[str, Tensor] | None:

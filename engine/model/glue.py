@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import LayerAttention
+from penstock.engine.model import invariant
 from penstock.engine.model.decoder import ACTIVATIONS
 from penstock.engine.model.experts import Experts
 from penstock.engine.model.norm import HeadNorm, Norm, WidthNorm
@@ -45,8 +46,9 @@ class Glue(Protocol):
 class PlainGlue:
     """In torch's operations, for any device and any backend of attention."""
 
-    def __init__(self, rotaries: Sequence[Rotary], activation: str, dtype: torch.dtype) -> None:
-        self.rotaries, self.activation, self.dtype = tuple(dict.fromkeys(rotaries)), ACTIVATIONS[activation], dtype
+    def __init__(self, rotaries: Sequence[Rotary], activation: str, dtype: torch.dtype, *, deterministic: bool = False) -> None:
+        self.rotaries, self.dtype = tuple(dict.fromkeys(rotaries)), dtype
+        self.activation = (invariant.ACTIVATIONS if deterministic else ACTIVATIONS)[activation]
         self.turns: dict[Rotary, tuple[Tensor, Tensor]] = {}
 
     def begin(self, positions: Tensor) -> None:

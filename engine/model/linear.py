@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.engine.kernels.cpu import PANEL, load_kernels
+from penstock.engine.model.invariant import Panels, invariant_method
 
 PACK_FOR = 64  # rows that oneDNN chooses its blocking for: measured best, or near it, at every batch from 1 to 512
 FEW = 8  # rows up to which our own product is faster: it reads weights as fast as memory gives them, and computes as one core does
@@ -100,18 +101,20 @@ class Linear(nn.Module):
 
     `weight` is `[out, in]`, `bias` `[out]` or None. Where the weight was packed, `weight` becomes a stand-in of the same shape, dtype and
     device that takes no memory and is NaN all over: family code may look at it, and whatever would compute with it fails loudly.
+    `deterministic`: the bits of a row of the product do not depend on the others; raises `ModelError` where there is no such way.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, deterministic: bool = False) -> None:
         super().__init__()
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         self.out_features, self.in_features = weight.shape
         self.method: LinearMethod
-        if can_pack(weight):
-            self.method = Packed(weight, bias)
-            weight = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        if deterministic:
+            self.method = invariant_method(weight, bias)
         else:
-            self.method = Dense(weight, bias)
+            self.method = Packed(weight, bias) if can_pack(weight) else Dense(weight, bias)
+        if isinstance(self.method, Packed | Panels):
+            weight = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device).expand(weight.shape)
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:  # straight to the method: a step of one token spends a fifth of its time on calls

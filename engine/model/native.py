@@ -26,13 +26,17 @@ class Layer:
     """One decoder layer: attention and feed-forward, each added to what came in."""
 
     def __init__(
-        self, weights: Weights, name: str, shape: LayerShape, rotary: Rotary, mixture: Mixture | None, decoder: Decoder
-    ) -> None:
+        self, weights: Weights, name: str, shape: LayerShape, rotary: Rotary, mixture: Mixture | None, decoder: Decoder, *,
+        deterministic: bool,
+    ) -> None:  # fmt: skip
         self.rotary = rotary
         self.paged: LayerAttention | None = None
 
         def norm(part: str) -> Norm | None:
             return _norm(weights, f"{name}.{part}", decoder) if f"{name}.{part}.weight" in weights else None
+
+        def product(module: str, *choices: tuple[str, ...]) -> Linear:
+            return _fused(weights, f"{name}.{module}", *choices, deterministic=deterministic)
 
         self.before_attention, second = norm("input_layernorm"), norm("post_attention_layernorm")
         self.before_mlp, self.after_mlp = norm("pre_feedforward_layernorm"), norm("post_feedforward_layernorm")
@@ -40,9 +44,12 @@ class Layer:
         self.before_mlp, self.after_attention = (second, None) if plain else (self.before_mlp, second)
         queries, keys = norm("self_attn.q_norm"), norm("self_attn.k_norm")
         self.norm_heads = head_norm(queries, keys, shape.heads, shape.kv_heads, shape.head_dim)
-        self.qkv = _fused(weights, f"{name}.self_attn", ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
-        self.out = _fused(weights, f"{name}.self_attn", ("o_proj",))
-        self.mlp = _mlp(weights, f"{name}.mlp") if mixture is None else _experts(weights, f"{name}.mlp", mixture)
+        self.qkv = product("self_attn", ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
+        self.out = product("self_attn", ("o_proj",))
+        if mixture is not None:
+            self.mlp: Mlp | Experts = _experts(weights, f"{name}.mlp", mixture)
+        else:
+            self.mlp = Mlp(product("mlp", ("gate_up_proj",), ("gate_proj", "up_proj")), product("mlp", ("down_proj",)))
 
     def __call__(self, h: Tensor, x: Tensor | None, after: Norm | None, glue: Glue, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """h and x `[tokens, hidden]`: what came in, and what the layer before has still to add to it, by way of its norm `after`. Returns
@@ -81,19 +88,24 @@ class Layer:
 class NativeModel:
     """A decoder with its weights: an `engine.model.base.Model`. Empties `weights`.
 
-    Raises `ModelError` (unsupported_model) if a weight is missing, or one is left over that would change what the model says.
+    Raises `ModelError`: unsupported_model if a weight is missing, or one is left over that would change what the model says, or if it is
+    made of experts and must be `deterministic`; invalid_option where it cannot be that.
     """
 
-    def __init__(self, decoder: Decoder, weights: Weights) -> None:
-        self.layers, self.vocab_size, self.decoder = decoder.layers, decoder.vocab_size, decoder
+    def __init__(self, decoder: Decoder, weights: Weights, *, deterministic: bool = False) -> None:
+        self.layers, self.vocab_size, self.decoder, self.deterministic = decoder.layers, decoder.vocab_size, decoder, deterministic
+        if deterministic and any(decoder.mixtures):
+            raise ModelError("unsupported_model", "deterministic: how experts are multiplied depends on how many tokens each of them has")
         try:
             embedding = weights.pop("model.embed_tokens.weight")
             self.dtype, self.device = embedding.dtype, embedding.device
-            self.head = Linear(weights.pop("lm_head.weight", embedding), weights.pop("lm_head.bias", None))
+            head, bias = weights.pop("lm_head.weight", embedding), weights.pop("lm_head.bias", None)
+            self.head = Linear(head, bias, deterministic=deterministic)
+            del head
             self.embedding = _own(embedding)
             del embedding
             self.blocks = [
-                Layer(weights, f"model.layers.{i}", *facts, decoder)
+                Layer(weights, f"model.layers.{i}", *facts, decoder, deterministic=deterministic)
                 for i, facts in enumerate(zip(decoder.layers, decoder.rotaries, decoder.mixtures, strict=True))
             ]
             self.norm = _norm(weights, "model.norm", decoder)
@@ -111,11 +123,13 @@ class NativeModel:
         self.glue: Glue = self._plain_glue()
 
     def _plain_glue(self) -> Glue:
-        return PlainGlue(self.decoder.rotaries, self.decoder.activation, self.dtype)
+        return PlainGlue(self.decoder.rotaries, self.decoder.activation, self.dtype, deterministic=self.deterministic)
 
     def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
         decoder = self.decoder
-        self.glue = FusedGlue(decoder.rotaries, decoder.activation, backend) if can_fuse(backend) else self._plain_glue()
+        self.glue = self._plain_glue()
+        if can_fuse(backend):
+            self.glue = FusedGlue(decoder.rotaries, decoder.activation, backend)
         for block, shape, (keys, values) in zip(self.blocks, self.layers, pool.layers, strict=True):
             block.paged = LayerAttention(shape, keys, values, backend)
         glue = self.glue
@@ -139,22 +153,21 @@ class NativeModel:
         for block in self.blocks:
             h, x = block(h, x, after, glue, rows if block is last and not keep else None)
             after = block.after_mlp
-        if keep:
-            kept = self.kept = glue.join(h, x, after, None)[0]
-            return self._logits(self.norm(kept if rows is None else kept.index_select(0, rows)))
-        self.kept = None
-        return self._logits(glue.join(h, x, after, self.norm)[1])
+        y = glue.join(h, x, after, self.norm)[1]
+        self.kept = y if keep else None
+        return self._logits(y.index_select(0, rows) if keep and rows is not None else y)
 
     def _forward_few(self, h: Tensor, glue: FusedGlue, rows: Tensor | None, keep: bool) -> Tensor:
         for block in self.blocks:
             h = block.run_few(h, glue)
-        self.kept = h if keep else None
-        return self._logits(self.norm(h if rows is None else h.index_select(0, rows)))
+        y = self.norm(h)
+        self.kept = y if keep else None
+        return self._logits(y if rows is None else y.index_select(0, rows))
 
     def more(self, rows: Tensor) -> Tensor:
         if self.kept is None:
             raise RuntimeError("the last step was not kept")
-        return self._logits(self.norm(self.kept.index_select(0, rows)))
+        return self._logits(self.kept.index_select(0, rows))
 
     def _logits(self, y: Tensor) -> Tensor:
         logits = self.head(y)
@@ -172,17 +185,14 @@ def _norm(weights: Weights, name: str, decoder: Decoder) -> Norm:
     return Norm(weight.float() + 1.0 if decoder.unit_norms else weight, decoder.epsilon)
 
 
-def _fused(weights: Weights, name: str, *choices: tuple[str, ...]) -> Linear:
+def _fused(weights: Weights, name: str, *choices: tuple[str, ...], deterministic: bool) -> Linear:
     """One linear layer from the first choice of names that is there, stacked."""
     names = next((names for names in choices if f"{name}.{names[0]}.weight" in weights), choices[-1])
     parts = [weights.pop(f"{name}.{part}.weight") for part in names]
     has_bias = any(f"{name}.{part}.bias" in weights for part in names)
     biases = [weights.pop(f"{name}.{part}.bias") for part in names] if has_bias else []
-    return Linear(torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(biases) if biases else None)
-
-
-def _mlp(weights: Weights, name: str) -> Mlp:
-    return Mlp(_fused(weights, name, ("gate_up_proj",), ("gate_proj", "up_proj")), _fused(weights, name, ("down_proj",)))
+    weight, bias = torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(biases) if biases else None
+    return Linear(weight, bias, deterministic=deterministic)
 
 
 def _experts(weights: Weights, name: str, mixture: Mixture) -> Experts:

@@ -14,7 +14,8 @@ import torch
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-READY = GPU or os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+READY = GPU or INTERPRETED
 here = pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
 elsewhere = pytest.mark.skipif(READY, reason="the kernels run in this process")
 
