@@ -1,4 +1,5 @@
-"""What the last steps of an executor took: on the host to launch, from one to the next, and if it is measured, on the device."""
+"""What the steps of an executor took since it last rested: on the host to launch, from one to the next, and if it is measured, on the
+device."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import numpy as np
 
 from penstock.engine.plan import Float32, StepPlan, StepResult
 
-LAST = 4096  # steps that percentiles are over
+LAST = 4096  # steps that percentiles are over, at most
+REST_S = 1.0  # without a step: what comes then is something else, and is told apart
 NEARLY = 0.9  # of the most decodes: a batch that is full, but for streams that have just ended
 
 
@@ -42,14 +44,17 @@ class StepTimes:
     """`launched` may be called in one thread and `done` in another; each step is done in its turn."""
 
     def __init__(self) -> None:
-        self._launches = Ring()
-        self._decodes, self._periods = Ring(), Ring()
-        self._device = Ring()
         self._device_s = self._idle_s = 0.0
         self._before = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._launches, self._decodes, self._periods, self._device = Ring(), Ring(), Ring(), Ring()
 
     def launched(self, plan: StepPlan, begun: float, ended: float, *, flying: bool) -> Launch:
         """The host has launched a step, while others were still in flight or not."""
+        if not flying and begun - self._before > REST_S:
+            self._clear()
         self._launches.add(ended - begun)
         return Launch(begun, 0 if len(plan.tokens) else plan.decodes, flying or plan.decodes > 0)
 

@@ -24,7 +24,7 @@ from penstock.clients.errors import PenstockError
 
 app = typer.Typer(help="Measure this engine, and others beside it.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the last line")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the last line, or on one for each workload")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="write a picture of the distributions to this PNG file")]
 Model = Annotated[
     str | None,
@@ -35,26 +35,32 @@ Model = Annotated[
 @app.command("offline")
 @with_tables(EngineConfig, panels=("Engine",), skip=("model",))
 def offline_command(
-    workload: Annotated[str, typer.Option(help="mixed256, decode_bN, prefill, cpu64 or cpu1")] = "cpu64",
+    workload: Annotated[
+        list[str] | None, typer.Option(help="mixed256, decode_bN, prefill, cpu64 or cpu1; may be repeated  [default: cpu64]")
+    ] = None,
     model: Model = None,
-    repeats: Annotated[int, typer.Option(help="runs; the fastest counts", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="runs of each; the fastest counts", min=1)] = 1,
     against: Annotated[str | None, typer.Option(help="`transformers`: run the same through it in the same call")] = None,
     as_json: Json = False,
     plot_file: Plot = None,
     **given: Any,
 ) -> None:
-    """A fixed workload, from its first request to its last token, through every actor."""
+    """Fixed workloads, each from its first request to its last token, through every actor."""
     with reported():
         if against not in (None, "transformers"):
             raise PenstockError(f"against={against!r}: must be transformers")
-        shape = model or ("cpu-32m" if workload.startswith("cpu") else "qwen3-0.6b")
-        figures, run = asyncio.run(offline(shape, workload, repeats, **only_given(given)))
-        if against is not None:
-            figures["against"] = against_transformers(shape, workload, figures["output_tokens_per_s"])
-        figures["machine"] = machine()
+        names = workload or ["cpu64"]
+        shape = model or ("cpu-32m" if all(name.startswith("cpu") for name in names) else "qwen3-0.6b")
+        series = {}
+        for figures, run in asyncio.run(offline(shape, names, repeats, **only_given(given))):
+            name = figures["workload"]
+            if against is not None:
+                figures["against"] = against_transformers(shape, name, figures["output_tokens_per_s"])
+            figures["machine"] = machine()
+            series[f"first token, {name}"] = [trace.first for trace in run.traces]
+            show(f"{name} on {shape}", figures, as_json=as_json)
         if plot_file is not None:
-            plot(plot_file, f"{workload}, {shape}", {"first token": [trace.first for trace in run.traces]}, "seconds", "share of requests")
-        show(f"{workload} on {shape}", figures, as_json=as_json)
+            plot(plot_file, shape, series, "seconds", "share of requests")
 
 
 @app.command("online")

@@ -46,32 +46,36 @@ def workload_for(name: str, vocab: int) -> Workload:
         raise InvalidRequest(f"workload={name!r}: must be {limit}", field="workload", value=name, limit=limit) from None
 
 
-async def offline(model: str, workload: str, repeats: int, **config: Any) -> tuple[dict[str, Any], Run]:
-    """Run a workload `repeats` times on a fresh engine; the figures are those of the fastest run. With `profile`, a file's name, it is run
-    once more, and a trace of some of its steps goes there."""
+async def offline(model: str, workloads: list[str], repeats: int, **config: Any) -> list[tuple[dict[str, Any], Run]]:
+    """Run each workload `repeats` times, one workload after the other on a fresh engine; the figures of each are those of its fastest run.
+    With `profile`, a file's name, a single workload is run once more, and a trace of some of its steps goes there."""
     config = {"prefix_cache": False, **config}
     if config.get("profile") is not None:
+        if len(workloads) != 1:
+            raise InvalidRequest("profile: a trace is of one workload", field="workload", value=", ".join(workloads), limit="one")
         vocab = SHAPES.get(model, {}).get("vocab_size", 32_000)  # of others roughly: lengths are drawn after ids
-        begin = begin_after(workload_for(workload, vocab), repeats)
+        begin = begin_after(workload_for(workloads[0], vocab), repeats)
         config = {"profile_after": begin, "stall_timeout": WRITING_S, **config, "profile": str(Path(config["profile"]).absolute())}
+    measured: list[tuple[dict[str, Any], Run]] = []
     async with engine(model, **config) as (client, startup):
-        work = workload_for(workload, client.model["vocab_size"])
-        runs = []
+        works = [workload_for(name, client.model["vocab_size"]) for name in workloads]
         before = await settled(client)
-        for _ in range(repeats):
-            runs.append(await run_workload(client, work))
-        after = await settled(client)
+        for work in works:
+            runs = [await run_workload(client, work) for _ in range(repeats)]
+            after = await settled(client)
+            best = min(runs, key=lambda run: run.seconds)
+            figures = {
+                "workload": work.name, "model": model, **best.figures(), "startup_s": startup, "runs_s": [run.seconds for run in runs],
+                **step_figures(before, after), "engine": client.model, "config": config,
+            }  # fmt: skip
+            measured.append((figures, best))
+            before = after
         if "profile" in config:
-            await run_workload(client, work)
+            await run_workload(client, works[0])
             await settled(client)
-        best = min(runs, key=lambda run: run.seconds)
-        figures = {
-            "workload": work.name, "model": model, **best.figures(), "startup_s": startup, "runs_s": [run.seconds for run in runs],
-            **step_figures(before, after), "engine": client.model, "config": config,
-        }  # fmt: skip
     if "profile" in config:
-        figures["profile"] = read_profile(Path(config["profile"]))
-    return figures, best
+        measured[0][0]["profile"] = read_profile(Path(config["profile"]))
+    return measured
 
 
 async def online(
@@ -102,10 +106,10 @@ async def settled(client: AsyncClient) -> dict[str, Any]:
 
 
 def step_figures(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What scheduler and executor counted between two reports. Medians and percentiles are over their last steps, warm-up included where
-    there are few; `decode_step_s` is that of steps that have only decodes, and nine tenths or more of the most that any of them has.
-    `idle_share` is the share of the time for which the device had no step although one was launched or a stream was there, known only
-    if the engine runs with `time_steps`."""
+    """What scheduler and executor counted between two reports. The executor's medians and percentiles are over the steps since it last
+    rested, those of `plan_commit` over the scheduler's last 1,024. `decode_step_s` is the median of steps that have only decodes, and nine
+    tenths or more of the most that any of them has. `idle_share` is the share of the time for which the device had no step although one
+    was launched or a stream was there, known only if the engine runs with `time_steps`."""
     first, last = before["scheduler"], after["scheduler"]
     steps = last["steps"] - first["steps"]
     executor = after["executor"]

@@ -33,7 +33,7 @@ def test_idle_is_the_share_of_what_the_device_might_have_run() -> None:
 def test_offline_tells_prefill_decode_launch_and_the_device_apart_and_writes_a_trace(tmp_path: Path) -> None:
     config = {"device": "cpu", "threads": 1, "max_running": 4}
     path = tmp_path / "trace.json.gz"
-    figures, _ = asyncio.run(offline("cpu-1m", "decode_b2", 1, time_steps=True, profile=str(path), **config))
+    [(figures, _)] = asyncio.run(offline("cpu-1m", ["decode_b2"], 1, time_steps=True, profile=str(path), **config))
     assert figures["decode_rows"] == 2
     for name in ("decode_step_s", "prefill_tokens_per_s", "launch_p50_s", "launch_p99_s", "plan_commit_p50_s", "device_step_p50_s"):
         assert figures[name] > 0, name

@@ -35,8 +35,17 @@ def test_a_decode_step_begins_when_the_one_before_it_is_done_or_when_it_is_launc
     times.done(first, result(), 2.0)
     assert times.figures()["decode_step_s"] == pytest.approx(1.0)
     times.done(second, result(), 2.5)
-    times.done(times.launched(plan(10), 7.0, 7.1, flying=False), result(), 7.4)
+    times.done(times.launched(plan(10), 3.0, 3.1, flying=False), result(), 3.4)
     assert times.figures()["decode_step_s"] == pytest.approx(0.5)  # the median of 1.0, 0.5 and 0.4
+
+
+def test_what_comes_after_a_rest_is_told_apart() -> None:
+    times = StepTimes()
+    times.done(times.launched(plan(10), 1.0, 1.1, flying=False), result(), 2.0)
+    times.done(times.launched(plan(3), 4.0, 4.2, flying=False), result(), 4.5)
+    figures = times.figures()
+    assert (figures["decode_rows"], figures["decode_step_s"]) == (3.0, pytest.approx(0.5))
+    assert figures["launch_p50_s"] == pytest.approx(0.2)
 
 
 def test_only_steps_that_are_nearly_full_and_have_no_chunk_are_decode_steps() -> None:
