@@ -35,7 +35,7 @@ def time_head(subject: Subject, rows: int) -> Iterator[Case]:
 
 def time_few(subject: Subject, rows: int) -> Iterator[Case]:
     """The four of a layer as a step of so few rows has them, if it has: with the norm before them, or the sum or gate after them."""
-    if not subject.fused or subject.dtype == torch.float32:
+    if subject.device.type != "cuda" or subject.dtype == torch.float32:
         return
     from penstock.engine.kernels.few_rows import is_few, multiply_few  # Triton comes with CUDA builds of torch only
 

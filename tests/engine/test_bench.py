@@ -45,8 +45,9 @@ def test_every_triton_kernel_is_called_as_the_engine_calls_it(folder: Path, monk
     monkeypatch.setattr(cases_of, "MOST_COPIES", 2)
     subject = subject_of(folder, fused=True)
     found = list(chain(cases(subject, [1, 3], 40), time_prompts(subject, 2, 24)))
-    assert {case.kernel for case in found} == ON_BOTH | FEW
-    assert {case.rows for case in found if case.kernel in FEW} == {1}
+    # Products of few rows are in CUDA C++, which no interpreter runs.
+    assert {case.kernel for case in found} == (ON_BOTH | FEW if GPU else ON_BOTH)
+    assert {case.rows for case in found if case.kernel in FEW} == ({1, 3} if GPU else set())
     for case in found:
         for call in case.calls:
             out = call()

@@ -146,6 +146,7 @@ def test_in_half_precision_it_errs_no_more_than_transformers(name: str, tokens: 
 
 
 def compare_errors(name: str, tokens: int) -> None:
+    """Of the median token: where two experts are nearly as good, either model may take the one that float64 does not."""
     from penstock.engine.attention.triton import TritonAttention
 
     module = make(name, torch.float16).to(DEVICE)
@@ -157,14 +158,16 @@ def compare_errors(name: str, tokens: int) -> None:
     rows = StepRows(zero, zero, np.array([tokens], np.int32), 0, np.array([[1, 0, 2]], np.int32), (0 * every, every))
     positions = rows.positions()
     columns = backend.prepare(rows, positions, rows.places(positions, 16)) | {"sources": positions, "positions": positions}
-    generator, errors = torch.Generator().manual_seed(5), [0.0, 0.0]
+    generator = torch.Generator().manual_seed(5)
+    errors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     twin = make(name, torch.float16).to(DEVICE).double()
-    for _ in range(8):
+    for _ in range(12):
         ids = torch.randint(1, 131, (tokens,), generator=generator).to(DEVICE)
         with torch.inference_mode():
             backend.begin({key: torch.from_numpy(value.astype(np.int64)).to(DEVICE) for key, value in columns.items()})
-            ours = model.forward(ids, torch.from_numpy(positions).long().to(DEVICE), None)
+            logits = model.forward(ids, torch.from_numpy(positions).long().to(DEVICE), None)
         exact = twin(ids[None]).logits[0]
-        for which, got in enumerate((ours, module(ids[None]).logits[0])):
-            errors[which] += float((got.double() - exact).square().mean())
-    assert errors[0] < 1.2 * errors[1], errors
+        for which, got in enumerate((logits, module(ids[None]).logits[0])):
+            errors[which].append((got.double() - exact).square().mean(-1))
+    ours, theirs = (float(torch.cat(some).median()) for some in errors)
+    assert ours < 1.2 * theirs
