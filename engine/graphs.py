@@ -229,14 +229,12 @@ def fill_up(words: np.ndarray, places: Mapping[str, tuple[int, int, int]], colum
     """Write columns to their places in int64 words, and what they are filled up with behind them. float32 keeps its bits."""
     for name, (at, length, empty) in places.items():
         column = columns.get(name)
-        room = words[at : at + length]
         have = 0 if column is None else len(column)
-        if column is not None and column.dtype == np.float32:
-            room[:] = empty
-            room.view(np.float32)[:have] = column
-        else:
-            room[:have] = () if column is None else column
-            room[have:] = empty
+        if column is None or have < length:
+            words[at : at + length] = empty
+        if column is not None:
+            room = words[at : at + length]
+            (room.view(np.float32) if column.dtype == np.float32 else room)[:have] = column
 
 
 def coarse(most: int) -> list[int]:

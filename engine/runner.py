@@ -200,6 +200,8 @@ class Runner:
 
     def _prompt_targets(self, plan: StepPlan) -> Told | None:
         """What prompt log-probabilities are asked of this step's chunks."""
+        if plan.decodes == len(plan.slots):
+            return None
         asked = np.flatnonzero(self.sampler.prompt_logprobs[plan.slots[plan.decodes :]] >= 0) + plan.decodes
         if not asked.size:
             return None

@@ -119,7 +119,10 @@ class SlotSampler:
 
     def prepare_plain(self, slots: Int32, positions: Int32) -> Columns:
         """Temperature and key for each row, if all of them are `plain`: what the sampling kernel wants."""
-        return {"draw.temperature": self.temperature[slots], "draw.keys": noise_keys(self.seed[slots], positions)}
+        temperature = self.temperature[slots]
+        if not temperature.any():
+            return {"draw.temperature": temperature}  # nobody looks at the keys
+        return {"draw.temperature": temperature, "draw.keys": noise_keys(self.seed[slots], positions)}
 
     def prepare(self, slots: Int32, positions: Int32) -> Columns:
         """Columns for a step that samples row i for `slots[i]`, the token at absolute position `positions[i]`. A stage that no row asks

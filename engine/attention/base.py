@@ -60,14 +60,17 @@ class StepRows:
 
     def positions(self) -> Int32:
         """The position of each query token in its sequence: `[tokens]`."""
+        if self.decodes == len(self.slots):
+            return self.starts
         firsts = self.firsts
         shifts = np.repeat(self.starts - firsts[:-1], self.counts)
         return shifts + np.arange(firsts[-1], dtype=np.int32)
 
     def places(self, positions: Int32, block_size: int) -> Int32:
         """Where each query token's keys and values go, counted in tokens from the start of the pool: `[tokens]`."""
-        blocks = self.table[np.repeat(self.slots, self.counts), positions // block_size]
-        return blocks * np.int32(block_size) + positions % np.int32(block_size)
+        slots = self.slots if self.decodes == len(self.slots) else np.repeat(self.slots, self.counts)
+        columns, offsets = np.divmod(positions, np.int32(block_size))
+        return self.table[slots, columns] * np.int32(block_size) + offsets
 
 
 class AttentionBackend(Protocol):
