@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from penstock.actors.errors import bad
 
+WRITING_S = 60.0  # an executor that writes a trace does nothing else, and must not look stalled
+
 
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -105,6 +107,8 @@ class EngineConfig:
             raise bad("profile_after", self.profile_after, "an integer of 0 or more")
         if self.profile is not None and (self.executor == "mock" or not self.profile.endswith((".json", ".json.gz"))):
             raise bad("profile", self.profile, "a file named .json or .json.gz, of an executor with a model")
+        if self.profile is not None and self.stall_timeout < WRITING_S:
+            raise bad("stall_timeout", self.stall_timeout, f"{WRITING_S:g} s or more with profile: who writes a trace does nothing else")
         if not isinstance(self.mock_step, int | float) or not 0 <= self.mock_step <= 60:
             raise bad("mock_step", self.mock_step, "a number from 0 to 60")
         for name in ("lease", "drain_timeout", "stall_timeout", "start_timeout", "message_rate", "byte_rate"):

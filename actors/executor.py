@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from penstock.engine.profile import StepProfile
 
 IDLE_S = 0.05  # without a step: then there is time to prepare for others
+OVER_S = 1.0  # without a step: then no more will come that a trace waits for
 
 
 class ExecutorActor(Actor):
@@ -73,9 +74,9 @@ class ExecutorActor(Actor):
             self._check(done)
             self.mail.send(SCHEDULER, done)
 
-    @property
-    def idle(self) -> bool:
-        return not self.waiting and time.monotonic() - self.asked > IDLE_S
+    def _rests(self, seconds: float) -> bool:
+        """Whether for so long no step has come, and none is in flight."""
+        return not self.waiting and time.monotonic() - self.asked > seconds
 
     def _open_profile(self, device: str) -> StepProfile | None:
         if self.config.profile is None:
@@ -96,15 +97,15 @@ class ExecutorActor(Actor):
                 self.log.error("profile lost", error=str(error))
 
     def after(self) -> None:
-        if self.profile is not None and self.profile.running and self.idle:  # no more steps come
+        if self.profile is not None and self.profile.running and self._rests(OVER_S):
             self._close_profile()
-        if self.preparing and self.idle:
+        if self.preparing and self._rests(IDLE_S):
             self.preparing = self.runner.prepare()
 
     def wake_in(self) -> float:
         if not self.preparing:
             return HEARTBEAT_S
-        return 0.0 if self.idle else IDLE_S
+        return 0.0 if self._rests(IDLE_S) else IDLE_S
 
     @property
     def waiting(self) -> int:

@@ -99,7 +99,7 @@ class StepGraphs:
         self._turn = self._turns[0]
         self._graphs: dict[Size, Graph] = {}
         self._seen: Counter[Size] = Counter()
-        self._unfit: set[Size] = set()  # there was no memory for them
+        self._unfit: set[Size] = set()  # there was no memory for them, and then none is captured before it is asked for
         self._logits: Tensor | None = None  # of a step that ends with them: one place for all graphs
 
     def find(self, columns: Columns, *, plain: bool) -> Size | None:
@@ -133,11 +133,19 @@ class StepGraphs:
         return graph.out[: len(columns["sample_slots"])]
 
     def prepare(self) -> bool:
-        """Capture one of the graphs that steps are likely to need. Returns whether there are more. Raises `CannotRecord`."""
-        decodes = [Size(rows, rows, chunks=False, plain=True) for rows in self.rows]
-        most = (1, self.nobody)
-        mixed = [Size(tokens, self._samples(samples, tokens), chunks=True, plain=True) for samples in most for tokens in self.tokens]
-        missing = [size for size in (*decodes, *mixed) if size not in self._graphs and size not in self._unfit]
+        """Capture one of the graphs that steps are likely to need. Returns whether there are more. Raises `CannotRecord`.
+
+        The largest first: they share one memory, and what one leaves is used by another only if that needs no more.
+        """
+        if self._unfit:
+            return False
+        decodes = [Size(rows, rows, chunks=False, plain=True) for rows in reversed(self.rows)]
+        mixed = [
+            Size(tokens, self._samples(samples, tokens), chunks=True, plain=True)
+            for samples in (self.nobody, 1)
+            for tokens in reversed(self.tokens)
+        ]
+        missing = [size for size in (mixed[0], *decodes, *mixed[1:]) if size not in self._graphs]
         for size in missing[:1]:
             self._capture(size)
         return len(missing) > 1
@@ -177,7 +185,7 @@ class StepGraphs:
         temperature = sent["draw.temperature"].view(torch.float32)[: size.samples]
 
         def step() -> Tensor:
-            self.attention.begin_sized(sent, self.nobody if size.chunks else size.tokens, self.attention.longest)
+            self.attention.begin_sized(sent, min(self.nobody, size.tokens), self.attention.longest)
             logits = run_model(self.model, self.last, sent)
             if size.plain:
                 return sample_rows(logits, temperature, sent["draw.keys"], self.last, sent["sample_slots"])
@@ -187,10 +195,10 @@ class StepGraphs:
 
         try:
             replay, out = self.record(step)
-        except torch.OutOfMemoryError as error:
-            self._unfit.add(size)
-            raise CannotRecord(f"no memory to record {size}: {error}", lasting=False) from error
         except Exception as error:  # Triton's errors have no base but this; what a step cannot bear, it says when it is run by itself
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):  # the driver's own has another type
+                self._unfit.add(size)
+                raise CannotRecord(f"no memory to record {size}: {error}", lasting=False) from error
             raise CannotRecord(f"{size} cannot be recorded: {type(error).__name__}: {error}", lasting=True) from error
         graph = self._graphs[size] = Graph(columns, words_of(columns), replay, out)
         return graph

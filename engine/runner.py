@@ -30,7 +30,7 @@ from penstock.engine.model.base import Model, run_model
 from penstock.engine.model.spec import ModelError
 from penstock.engine.plan import StepPlan
 from penstock.engine.results import CannotRecord, Launched
-from penstock.engine.sampling import Logprobs, SlotSampler, top_logprobs
+from penstock.engine.sampling import Logprobs, SlotSampler, log_softmax, top_logprobs
 from penstock.engine.spans import Span, SpanClock
 from penstock.engine.staging import Copied, Here, HostStaging, PinnedStaging, Returned, Staging
 
@@ -225,7 +225,7 @@ class Runner:
         step = max(1, PROMPT_LOGITS // self.model.vocab_size)
         for low in range(0, len(told.rows), step):
             logits = self.model.more(sent["prompt.tokens"][low : low + step])
-            raw = torch.log_softmax(logits.float(), dim=-1)
+            raw = log_softmax(logits)
             parts.append(top_logprobs(raw, sent["prompt.ids"][low : low + step], told.rows[low : low + step], told.most))
         ids, values, ranks = zip(*((part.ids, part.values, part.ranks) for part in parts), strict=True)
         return Logprobs(told.rows, torch.cat(ids), torch.cat(values), torch.cat(ranks))
@@ -246,7 +246,8 @@ def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBac
     if kind not in ("auto", "gather"):
         raise ValueError(f"attention={kind!r}: must be auto, gather, inplace or triton")
     if model.deterministic:
-        raise ModelError("unsupported_model", "deterministic: on a CPU it needs float32, and heads of a multiple of 16")
+        text = f"deterministic: attention={kind} cannot be; on a CPU it needs float32, and heads of a multiple of 16"
+        raise ModelError("unsupported_model", text)
     return GatherAttention(pool, model.layers)
 
 

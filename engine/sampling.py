@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from penstock.engine.attention.base import Columns
 from penstock.engine.filters import min_p, on_rows, penalize, top_k, top_p
@@ -197,7 +198,7 @@ class SlotSampler:
     def sample(self, logits: Tensor, columns: Mapping[str, Tensor]) -> Sampled:
         """Draw one id a row from `logits` `[rows, vocab_size]`, which may be overwritten, with the columns of `prepare` on the device."""
         wanted = columns.get("logprob.rows")
-        raw = None if wanted is None else torch.log_softmax(logits.index_select(0, wanted).float(), dim=-1)
+        raw = None if wanted is None else log_softmax(logits.index_select(0, wanted))
         scores = self._edit(logits, columns)
         temperature, rows = columns.get("draw.temperature"), columns.get("draw.rows")
         if temperature is None:
@@ -270,6 +271,14 @@ def _draw_on_cuda(scores: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
     from penstock.engine.kernels.sample import sample_rows  # Triton comes with CUDA builds of torch only
 
     return sample_rows(scores, temperature, keys)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities of logits `[rows, vocab_size]`, float32. A row that does not begin at a multiple of 16 bytes is summed in another
+    order by torch's kernel on CUDA: so rows are as long as they must be for all of them to."""
+    missing = -logits.shape[1] % 4
+    padded = F.pad(logits.float(), (0, missing), value=-math.inf) if missing else logits.float()
+    return torch.log_softmax(padded, dim=-1)[:, : logits.shape[1]]
 
 
 def top_logprobs(logprobs: Tensor, ids: Tensor, rows: Int32, most: int) -> Logprobs:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from penstock.actors.config import WRITING_S
 from penstock.clients.aio import AsyncClient
 from penstock.clients.bench.measure import Run, run_item, run_poisson, run_workload
 from penstock.clients.bench.profile import begin_after, read_profile
@@ -17,8 +18,6 @@ from penstock.clients.bench.shapes import SHAPES, write_model
 from penstock.clients.bench.workloads import Item, Workload, decode, find
 from penstock.clients.errors import InvalidRequest
 from penstock.clients.launcher import alaunch
-
-WRITING_S = 120.0  # an executor that writes a trace does nothing else, and must not look stalled
 
 
 @asynccontextmanager

@@ -51,13 +51,16 @@ def _attention(subject: Subject, kernel: str, name: str, rows: int, count: int, 
     k, v = subject.draw(tokens, shape.kv_heads, shape.head_dim), subject.draw(tokens, shape.kv_heads, shape.value_dim)
     parts = [LayerAttention(shape, *pair, backend) for pair in pool.layers]
     if can_fuse(backend):
-        if decodes:  # as in a graph, which is for rows of any length
-            backend.begin_sized(sent, rows, backend.longest)
         calls = [partial(backend.attend_written, part, q) for part in parts]
+        if decodes:  # as in a graph, which is for rows of any length; norms, rotary embedding and the newest keys are part of the launch
+            backend.begin_sized(sent, rows, backend.longest)
+            qkv, tables = subject.draw(tokens, subject.qkv), subject.decoder.rotaries[0].tables(subject.longest)
+            weights = subject.draw(shape.heads + shape.kv_heads, shape.head_dim) if subject.head_norms else None
+            calls = [partial(backend.attend_fused, part, qkv, weights, 1e-6, *tables, sent["positions"]) for part in parts]
     else:
         calls = [partial(backend.attend, part, q, k, v, None) for part in parts]
     pairs = rows * sum(keys - before if shape.window is None else min(keys - before, shape.window) for before in range(count))
-    read = rows * keys * shape.bytes_per_token(subject.dtype)
+    read = rows * min(keys, (shape.window or keys) + count - 1) * shape.bytes_per_token(subject.dtype)
     moved = read + tokens * shape.heads * (shape.head_dim + shape.value_dim) * item
     return Case(kernel, name, tokens, moved, 2 * pairs * shape.heads * (shape.head_dim + shape.value_dim), calls)
 

@@ -74,5 +74,7 @@ def read_subject(config: PreTrainedConfig, longest: int, dtype: torch.dtype, dev
     decoder = read_decoder(config, device)
     if decoder is None:
         raise ModelError("unsupported_model", f"{config.model_type}: the native decoder does not know it, so none of its kernels are timed")
+    if any(decoder.mixtures):
+        raise ModelError("unsupported_model", f"{config.model_type}: kernels of experts are not timed yet")
     norms = "model.layers.0.self_attn.q_norm.weight" in weight_shapes(config)
     return Subject(decoder, config.hidden_size, config.intermediate_size, norms, longest, dtype, device, fused)

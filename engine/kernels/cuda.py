@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from ctypes import POINTER, byref, c_byte, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from importlib.util import find_spec
@@ -62,23 +63,30 @@ class CudaKernel:
 
 
 def load_kernel(source: Path, name: str, kinds: Iterable[Any], defines: Mapping[str, int], device: torch.device) -> CudaKernel:
-    """The function `name` of a file, compiled with these `defines` for `device`, now if it never was. Raises `CudaError`, `OSError`."""
+    """The function `name` of a file, compiled with these `defines` for `device`, now if it never was. Raises `CudaError`; `OSError`
+    without NVRTC or a driver."""
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
     text = source.read_bytes()
     library, version = _nvrtc()
     key = hashlib.sha256(text + repr((options, version)).encode()).hexdigest()[:16]
-    kept = cache_folder() / f"{source.stem}-{key}.cubin"
-    if kept.is_file():
-        image = kept.read_bytes()
-    else:
-        image = _compile(library, text, source.name, options)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:  # another process may do the same at the same time
-            made = Path(folder) / kept.name
-            made.write_bytes(image)
-            made.rename(kept)
+    file = f"{source.stem}-{key}.cubin"
     with torch.cuda.device(device):
+        # No folder, none of our own, or a file that a machine which lost power left damaged: then it is compiled again.
+        with suppress(OSError, CudaError):
+            return CudaKernel((cache_folder() / file).read_bytes(), name, kinds, early=major >= 9)
+        image = _compile(library, text, source.name, options)
+        with suppress(OSError):
+            _keep(cache_folder() / file, image)
         return CudaKernel(image, name, kinds, early=major >= 9)
+
+
+def _keep(file: Path, image: bytes) -> None:
+    """By a name of its own first: another process may do the same at the same time."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        made.write_bytes(image)
+        made.rename(file)
 
 
 def _compile(library: ctypes.CDLL, source: bytes, file: str, options: list[str]) -> bytes:
@@ -117,8 +125,8 @@ def _nvrtc() -> tuple[ctypes.CDLL, tuple[int, int]]:
     """The library and its version: that of torch's own packages, or the system's. Raises `OSError`."""
     spec = find_spec("nvidia")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
-    found = [str(path) for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*")) if path.name.count(".") == 2]
-    for name in (*found, f"libnvrtc.so.{(torch.version.cuda or '').split('.')[0]}", "libnvrtc.so"):
+    file = f"libnvrtc.so.{(torch.version.cuda or '').split('.')[0]}"
+    for name in (*(str(path) for folder in folders for path in folder.glob(f"*/lib/{file}")), file, "libnvrtc.so"):
         try:
             library = ctypes.CDLL(name)
         except OSError:

@@ -13,8 +13,10 @@
 // apart when it waits for one, so it is many warps that keep memory busy, and not many loads of each; and rows are read again by each
 // block, so their part of the first-level cache matters.
 //
-// Defined by who compiles this: WARPS, TILES (of eight rows), HALF (float16, else bfloat16), NORM (0: none; 1; 2: with a float32 weight),
-// KIND (of activation; below 0: no gate), BIAS, ADD.
+// Numbers are bfloat16: a row times the norm's weight is rounded before the norm's own factor, and has the range for it.
+//
+// Defined by who compiles this: WARPS, TILES (of eight rows), NORM (0: none; 1; 2: with a float32 weight), KIND (of activation; below 0: no
+// gate), BIAS, ADD.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -39,23 +41,15 @@ __device__ inline Quad load(const void* at) {
   return q;
 }
 
-#if HALF
-#define NUMBERS "f16"
-__device__ inline float low(u32 two) { float f; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(two)); return f; }
-__device__ inline float high(u32 two) { float f; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(two)); return f; }
-__device__ inline u32 both(float l, float h) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(h), "f"(l)); return r; }
-#else
-#define NUMBERS "bf16"
 __device__ inline float low(u32 two) { return __uint_as_float(two << 16); }
 __device__ inline float high(u32 two) { return __uint_as_float(two & 0xffff0000u); }
 __device__ inline u32 both(float l, float h) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(h), "f"(l)); return r; }
-#endif
 
 __device__ inline float number(const unsigned short* at) { return low((u32)*at); }
 
 // c += a * b of 16 columns, 8 rows and 16 of the inner dimension.
 __device__ inline void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." NUMBERS "." NUMBERS ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 

@@ -3,6 +3,7 @@ launch: a norm of the rows, an activation and gate, a residual sum. How it works
 
 from __future__ import annotations
 
+import warnings
 from ctypes import c_float, c_int, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penstock.engine.kernels.cuda import CudaKernel, load_kernel
+from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
 from penstock.engine.kernels.gate import ACTIVATIONS
 from penstock.engine.model.norm import Norm
 
 SOURCE = Path(__file__).with_name("few_rows.cu")
 KINDS = (*[c_void_p] * 6, c_uint64, c_int, c_int, c_int, c_float)
+WARPS = 8  # of a block
 CHUNK = 32  # of the inner dimension, which must be a multiple of it
 # With more rows than this, what is read of them is no longer little beside the weight, and the library is faster: at once where the inner
 # dimension is long.
@@ -24,7 +26,19 @@ FEW, MORE, NARROW = 8, 32, 4096
 
 def suits_few(weight: Tensor) -> bool:
     """Whether `multiply_few` can multiply with a weight."""
-    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous() and weight.shape[1] % CHUNK == 0
+    suits = weight.is_cuda and weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % CHUNK == 0
+    return suits and _compiles(weight.device)
+
+
+@cache
+def _compiles(device: torch.device) -> bool:
+    """Whether kernels can be compiled for a device; a warning says why not. Then its products are the library's."""
+    try:
+        _kernel(device, WARPS, 1, 0, -1, False, False)
+    except (CudaError, OSError) as error:
+        warnings.warn(f"steps of few rows are slower: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def is_few(rows: int, widest: int) -> bool:
@@ -37,15 +51,15 @@ def multiply_few(
 ) -> Tensor:
     """`norm(x) @ weight.T + bias`, then one of these: plus `add`; or the activation of its first half times the other.
 
-    x `[rows, in]` with its rows' numbers side by side, up to `MORE` rows, float16 or bfloat16; weight `[out, in]`, see `suits_few`; add
-    `[rows, out]`, contiguous. Returns `[rows, out]`, or half as wide. Raises `CudaError` or `OSError` if the kernel cannot be compiled.
+    x `[rows, in]` with its rows' numbers side by side, up to `MORE` rows, bfloat16; weight `[out, in]`, see `suits_few`; add
+    `[rows, out]`, contiguous. Returns `[rows, out]`, or half as wide. Raises `CudaError` if the kernel cannot be compiled or launched.
     """
     rows, inner = x.shape
     outer = weight.shape[0] if activation is None else weight.shape[0] // 2
     out = torch.empty((rows, outer), dtype=x.dtype, device=x.device)
-    warps = 8 if inner < 2048 else 16
+    warps = WARPS if inner < 2048 else 2 * WARPS
     kernel = _kernel(
-        x.device, warps, 1 if rows <= 8 else 2 if rows <= 16 else 4, x.dtype == torch.float16,
+        x.device, warps, 1 if rows <= 8 else 2 if rows <= 16 else 4,
         0 if norm is None else 1 if norm.weight.dtype == x.dtype else 2, -1 if activation is None else ACTIVATIONS.index(activation),
         bias is not None, add is not None,
     )  # fmt: skip
@@ -58,6 +72,6 @@ def multiply_few(
 
 
 @cache
-def _kernel(device: torch.device, warps: int, tiles: int, half: bool, norm: int, kind: int, bias: bool, add: bool) -> CudaKernel:
+def _kernel(device: torch.device, warps: int, tiles: int, norm: int, kind: int, bias: bool, add: bool) -> CudaKernel:
     defines = {"WARPS": warps, "TILES": tiles, "NORM": norm, "KIND": kind}
-    return load_kernel(SOURCE, "few_rows", KINDS, defines | {"HALF": int(half), "BIAS": int(bias), "ADD": int(add)}, device)
+    return load_kernel(SOURCE, "few_rows", KINDS, defines | {"BIAS": int(bias), "ADD": int(add)}, device)

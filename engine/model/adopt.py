@@ -50,7 +50,7 @@ class AdoptedModel:
 
     `deterministic` is for families whose own code, between the linear layers, computes each token by itself; that is measured, too.
     Raises `ModelError`: unsupported_model for a family that cannot be adopted, or cannot be deterministic; invalid_option where its linear
-    layers cannot.
+    layers cannot, or on a CPU with several threads.
     """
 
     def __init__(self, module: PreTrainedModel, *, deterministic: bool = False) -> None:
@@ -58,6 +58,9 @@ class AdoptedModel:
         self.dtype: torch.dtype = module.dtype
         self.device: torch.device = module.device
         self.vocab_size = int(module.config.get_text_config().vocab_size)
+        if deterministic and self.device.type == "cpu" and torch.get_num_threads() > 1:
+            text = "deterministic: on a CPU, torch's own operations round by where their work is cut among threads; set threads=1"
+            raise ModelError("invalid_option", f"{text}, or use a family that decoder=native knows")
         _register()
         self.sites, self.layers, before = _probe(module)
         _replace_linears(module, deterministic=deterministic)

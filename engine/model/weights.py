@@ -127,7 +127,7 @@ def read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, dev
             if any(name not in places or places[name].shape != shape for name, shape in found.items()):
                 return None
             where += [(path, name) for name in found]
-        if len(where) != len(places):
+        if {name for _, name in where} != places.keys() or len(where) != len(places):
             return None
         shapes = weight_shapes(config)
         stacked = dict.fromkeys(place.name for place in places.values() if place.expert is not None)

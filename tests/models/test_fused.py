@@ -140,16 +140,18 @@ def test_a_size_that_memory_has_no_room_for_is_run_step_by_step_and_the_others_s
 
 @here
 @pytest.mark.parametrize("name", ["llama", "qwen3", "biases"])
-@pytest.mark.parametrize("tokens", [2, 9])  # on either side of where products change
+@pytest.mark.parametrize("tokens", [2, 40])  # on either side of where products change on a GPU
 def test_in_half_precision_it_errs_no_more_than_transformers(name: str, tokens: int) -> None:
-    compare_errors(name, tokens)
+    ours, theirs = errors_of(name, tokens)
+    assert ours.mean() < 1.2 * theirs.mean()
 
 
-def compare_errors(name: str, tokens: int) -> None:
-    """Of the median token: where two experts are nearly as good, either model may take the one that float64 does not."""
+def errors_of(name: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squares of what the logits of many tokens are off, ours and those of transformers: bfloat16 on a GPU, else float16."""
     from penstock.engine.attention.triton import TritonAttention
 
-    module = make(name, torch.float16).to(DEVICE)
+    dtype = torch.bfloat16 if GPU else torch.float16
+    module = make(name, dtype).to(DEVICE)
     model = build(module)
     pool = KVPool(model.layers, 3, 16, model.dtype, DEVICE)
     backend = TritonAttention(pool, model.layers, slots=1, columns=3)
@@ -160,8 +162,8 @@ def compare_errors(name: str, tokens: int) -> None:
     columns = backend.prepare(rows, positions, rows.places(positions, 16)) | {"sources": positions, "positions": positions}
     generator = torch.Generator().manual_seed(5)
     errors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    twin = make(name, torch.float16).to(DEVICE).double()
-    for _ in range(12):
+    twin = make(name, dtype).to(DEVICE).double()
+    for _ in range(8):
         ids = torch.randint(1, 131, (tokens,), generator=generator).to(DEVICE)
         with torch.inference_mode():
             backend.begin({key: torch.from_numpy(value.astype(np.int64)).to(DEVICE) for key, value in columns.items()})
@@ -169,5 +171,4 @@ def compare_errors(name: str, tokens: int) -> None:
         exact = twin(ids[None]).logits[0]
         for which, got in enumerate((logits, module(ids[None]).logits[0])):
             errors[which].append((got.double() - exact).square().mean(-1))
-    ours, theirs = (float(torch.cat(some).median()) for some in errors)
-    assert ours < 1.2 * theirs
+    return torch.cat(errors[0]), torch.cat(errors[1])

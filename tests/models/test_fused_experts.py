@@ -7,7 +7,7 @@ import pytest
 from penstock.engine.model import experts
 
 from ..engine.interpreted import assert_passes, elsewhere, here  # noqa: TID252
-from .test_fused import compare_errors, compare_runs
+from .test_fused import compare_runs, errors_of
 
 
 @elsewhere
@@ -24,6 +24,8 @@ def test_a_run_with_the_kernels_gives_the_tokens_of_a_plain_one(name: str, monke
 
 @here
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("tokens", [2, 9])  # on either side of where attention's products change
+@pytest.mark.parametrize("tokens", [2, 40])  # on either side of where attention's products change on a GPU
 def test_in_half_precision_it_errs_no_more_than_transformers(name: str, tokens: int) -> None:
-    compare_errors(name, tokens)
+    """The median token: where two experts are nearly as good, either model may take the one that float64 does not."""
+    ours, theirs = errors_of(name, tokens)
+    assert ours.median() < 1.2 * theirs.median()

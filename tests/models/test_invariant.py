@@ -12,6 +12,7 @@ from torch import Tensor
 from penstock.engine.model.adopt import AdoptedModel
 from penstock.engine.model.base import Model
 from penstock.engine.model.decoder import read_decoder
+from penstock.engine.model.glue import PlainGlue
 from penstock.engine.model.native import NativeModel
 from penstock.engine.model.spec import ModelError
 from penstock.engine.plan import StepPlan
@@ -152,6 +153,33 @@ def test_what_is_cut_among_threads_changes_nothing() -> None:
     for count in (2, 3):
         torch.set_num_threads(count)
         assert_same(alone, serve(model, [requests()], budget=57)[0])
+
+
+@elsewhere
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_an_activation_of_many_numbers_is_cut_among_threads_and_rounds_as_that_of_few(activation: str) -> None:
+    glue = PlainGlue((), activation, torch.float32, deterministic=True)
+    x = torch.randn(200, 2 * 1003)  # more than torch leaves to one thread, in rows that no vector divides
+    alone = torch.cat([glue.gate(row[None]) for row in x])
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(glue.gate(x), alone)
+        assert torch.equal(glue.gate(x[57:]), alone[57:])
+
+
+@elsewhere
+def test_an_adopted_model_on_a_cpu_wants_one_thread() -> None:
+    torch.set_num_threads(2)
+    with pytest.raises(ModelError, match="threads=1") as refusal:
+        AdoptedModel(make("gpt2"), deterministic=True)
+    assert refusal.value.code == "invalid_option"
+
+
+@elsewhere
+def test_layers_made_of_experts_are_refused() -> None:
+    with pytest.raises(ModelError, match="experts") as refusal:
+        native("mixtral")
+    assert refusal.value.code == "unsupported_model"
 
 
 @elsewhere

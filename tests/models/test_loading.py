@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from penstock.engine.model.adopt import AdoptedModel
-from penstock.engine.model.load import load_model
+from penstock.engine.model.load import load_model, read_config
 from penstock.engine.model.spec import ModelError, SamplingDefaults, read_spec
+from penstock.engine.model.weights import read_weights
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -205,3 +206,19 @@ def test_quantized_weights_are_refused_by_method(tmp_path: Path) -> None:
     save(tmp_path)
     edit(tmp_path / "config.json", quantization_config={"quant_method": "awq"})
     refused(tmp_path, "unsupported_model", "awq")
+
+
+def test_an_expert_that_is_there_twice_does_not_make_up_for_one_that_is_missing(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    whole = tmp_path / "model.safetensors"
+    weights = load_file(whole)
+    lost, twice = (f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight" for expert in (2, 1))
+    assert weights.pop(lost, None) is not None
+    save_file(weights, whole, {"format": "pt"})
+    save_file({twice: weights[twice]}, tmp_path / "more.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, whole.name) | {lost: "more.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    spec = read_spec(str(tmp_path))
+    assert read_weights(tmp_path, read_config(spec), torch.float32, torch.device("cpu")) is None
