@@ -1,11 +1,11 @@
 """In what dtype keys and values are kept: that of the model, or eight bits, of which twice as many fit.
 
 FP8 here is e4m3 (`float8_e4m3fn`: Micikevicius et al., arXiv:2209.05433): four bits of exponent, three of fraction. There is no scale, or
-one of 1.0, because a float needs none to be precise: it errs by a sixteenth at most anywhere from 2^-6 to 448, and by 2^-10 below, where
-2^-9 is the smallest step. Keys after a norm of heads and a rotary embedding lie well inside: a head of `dim` has the length sqrt(dim) times
-the norm's weights; and values are sums over a normed input. It would fail where a model keeps a few dimensions of its keys far from all
-others, as large biases of the key product do (some of Qwen2's are in the hundreds): beyond 448 they are all alike. It would also fail
-where nearly all values lie below 2^-6, whose fraction gets lost. `penstock bench kv` says what it does to a model.
+one of 1.0, because a float needs none to be precise: it errs by a sixteenth at most (2.6 % in the mean square) anywhere from 2^-6 to 448,
+and by 2^-10 below, where 2^-9 is the smallest step. Keys after a norm of heads and a rotary embedding lie well inside: a head of `dim` has
+the length sqrt(dim), but for the norm's weights; and values are sums over a normed input. It would fail where a model keeps a few
+dimensions of its keys far from all others, as a large bias of the key product does: beyond 448 they are all alike. It would also fail where
+most keys or values lie below 2^-6, whose fraction gets lost. `penstock bench kv` says what it does to a model.
 
 Whoever stores saturates, so that only what was NaN is NaN. Whoever attends reads what was stored, in the same step too: a token sees of
 itself and its neighbours what later tokens will see, however a prompt is cut into chunks. Products are of the queries' dtype.
