@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from penstock.clients.aio import AsyncClient
-from penstock.clients.bench.offline import engine
+from penstock.clients.bench.offline import engine, settled
 from penstock.clients.values import Completion
 
 OPENINGS = (
@@ -60,10 +60,10 @@ async def kv(model: str, passages: int, length: int, output: int, **config: Any)
         texts = [opening + whole.text for opening, whole in zip(openings, drawn, strict=True)]
         auto = Told.of(await asyncio.gather(*(_tell(client, text, output) for text in texts)))
         again = Told.of([await _tell(client, text, output) for text in texts])
-        status, facts = await client.status(), client.model
+        status, facts = await settled(client), client.model
     async with engine(model, **config, kv_dtype="fp8") as (client, _):
         fp8 = Told.of(await asyncio.gather(*(_tell(client, text, output) for text in texts)))
-        status_fp8 = await client.status()
+        status_fp8 = await settled(client)
     return {
         "model": model, "tokens": len(auto.logprobs), "passages": passages, "continuations_of": output,
         "perplexity_auto": auto.perplexity, "perplexity_fp8": fp8.perplexity, **compare(auto, fp8),
