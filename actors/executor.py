@@ -186,7 +186,7 @@ class Results:
 def opening(config: EngineConfig) -> dict[str, Any]:
     """The settings that concern the engine proper, by the names that `engine.open` gives them."""
     names = (
-        "model", "weights", "dtype", "device", "max_model_len", "memory", "block_size", "blocks", "max_running", "token_budget",
-        "lookahead", "threads", "seed", "decoder", "graphs", "deterministic", "time_steps",
+        "model", "weights", "dtype", "kv_dtype", "device", "max_model_len", "memory", "block_size", "blocks", "max_running",
+        "token_budget", "lookahead", "threads", "seed", "decoder", "graphs", "deterministic", "time_steps",
     )  # fmt: skip
     return {name: getattr(config, name) for name in names}

@@ -35,6 +35,7 @@ class Model:
     eos: tuple[int, ...]
     defaults: Mapping[str, Any]  # of generation_config
     dtype: str = "none"
+    kv_dtype: str = "none"
     deterministic: bool = True
 
     @classmethod
@@ -49,6 +50,7 @@ class Model:
             eos=tuple(executor["eos"]),
             defaults=executor["defaults"],
             dtype=executor["dtype"],
+            kv_dtype=executor["kv_dtype"],
             deterministic=executor["deterministic"],
         )
 

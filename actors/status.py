@@ -7,7 +7,7 @@ from typing import Any
 from penstock.actors.resolve import Model
 from penstock.actors.sessions import Session
 
-_SHOWN = ("name", "digest", "max_model_len", "dtype", "deterministic")  # of the model
+_SHOWN = ("name", "digest", "max_model_len", "dtype", "kv_dtype", "deterministic")  # of the model
 
 
 def list_requests(session: Session, now: float) -> list[dict[str, Any]]:

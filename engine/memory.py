@@ -21,12 +21,13 @@ SPARE = 64 * 2**20  # bytes left free on a GPU, beside penalty counts, for what 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What the engine may be asked to run at once: `slots` streams, `token_budget` query tokens in a step, sequences of `max_model_len`
-    tokens, in KV blocks of `block_size`."""
+    tokens, in KV blocks of `block_size`, whose dtype is `kv_dtype` (None: the model's)."""
 
     slots: int
     token_budget: int
     max_model_len: int
     block_size: int
+    kv_dtype: torch.dtype | None = None
 
     @property
     def columns(self) -> int:
@@ -36,7 +37,7 @@ class Workload:
     def config(self, blocks: int, *, in_flight: int = 3, attention: str = "auto", graphs: bool = True) -> RunnerConfig:
         return RunnerConfig(
             slots=self.slots, blocks=blocks, block_size=self.block_size, columns=self.columns, in_flight=in_flight, attention=attention,
-            graphs=self.token_budget if graphs else 0,
+            kv_dtype=self.kv_dtype, graphs=self.token_budget if graphs else 0,
         )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def count_blocks(
     and its peak is left free; on a CPU what the process holds already counts. Raises `ModelError` (out_of_memory) if the blocks would not
     hold one sequence of `work.max_model_len` tokens: such a request could be admitted and would never end.
     """
-    each = block_bytes(model.layers, work.block_size, model.dtype)
+    each = block_bytes(model.layers, work.block_size, work.kv_dtype or model.dtype)
     needed = work.columns
     if blocks is None:
         free = _cuda_bytes(model, work, memory, attention, graphs) if model.device.type == "cuda" else _cpu_bytes(memory)

@@ -32,8 +32,8 @@ def open_mock(
         "digest": "mock", "name": "mock", "vocab_size": vocab_size, "max_model_len": max_model_len, "eos": [],
         "defaults": {"temperature": 0.0},
         "slots": max_running, "blocks": blocks or max_running * 4096 // block_size, "block_size": block_size,
-        "token_budget": token_budget or 8192, "dtype": "none", "device": "none", "decoder": "none", "attention": "none",
-        "graphs": False, "deterministic": True, "step_s": mock_step * (1 + (token_budget or 8192) / PACED),
+        "token_budget": token_budget or 8192, "dtype": "none", "device": "none", "kv_dtype": "none", "decoder": "none",
+        "attention": "none", "graphs": False, "deterministic": True, "step_s": mock_step * (1 + (token_budget or 8192) / PACED),
     }  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def open_model(
     model: str,
     weights: str,
     dtype: str,
+    kv_dtype: str,
     device: str,
     max_model_len: int | None,
     memory: float | None,
@@ -64,6 +65,7 @@ def open_model(
     import torch
     from transformers.utils import logging
 
+    from penstock.engine.attention.storage import choose_dtype
     from penstock.engine.memory import Workload, count_blocks
     from penstock.engine.model.build import build_model
     from penstock.engine.model.spec import ModelError, read_spec
@@ -81,10 +83,12 @@ def open_model(
         torch.set_num_threads(threads or os.cpu_count() or 1)
     dtype = "float32" if dtype == "auto" and on_cpu else dtype
     spec = read_spec(model_folder(model), dtype=dtype, max_model_len=max_model_len, weights=weights, seed=seed)
+    stored = choose_dtype(kv_dtype, getattr(torch, spec.dtype), torch.device(device), deterministic=deterministic)
     built = build_model(spec, torch.device(device), decoder, deterministic=deterministic)
     work = Workload(
-        slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size
-    )
+        slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size,
+        kv_dtype=stored,
+    )  # fmt: skip
     count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks, graphs=graphs)
     runner = Runner(built, work.config(count, in_flight=lookahead + 1, graphs=graphs))
     step_s = warm_up(runner) * work.token_budget
@@ -97,6 +101,7 @@ def open_model(
             "repetition_penalty": defaults.repetition_penalty,
         },
         "slots": max_running, "blocks": count, "block_size": block_size, "token_budget": work.token_budget, "dtype": spec.dtype,
-        "device": device, "decoder": type(built).__name__, "attention": type(runner.attention).__name__,
-        "graphs": runner.graphs is not None, "deterministic": built.deterministic, "step_s": step_s,
+        "kv_dtype": str(stored).removeprefix("torch."), "device": device, "decoder": type(built).__name__,
+        "attention": type(runner.attention).__name__, "graphs": runner.graphs is not None, "deterministic": built.deterministic,
+        "step_s": step_s,
     }  # fmt: skip

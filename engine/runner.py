@@ -25,6 +25,7 @@ from penstock.engine.attention.base import AttentionBackend, Columns, Int32, KVP
 from penstock.engine.attention.gather import GatherAttention
 from penstock.engine.attention.inplace import InPlaceAttention, TokenAttention
 from penstock.engine.attention.inplace import suits as inplace_suits
+from penstock.engine.attention.storage import FP8
 from penstock.engine.kernels.cpu import load_kernels
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.model.spec import ModelError
@@ -44,8 +45,8 @@ Rows = npt.NDArray[np.intp]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig:
     """Sizes. `columns` is the width of the block table: blocks of the longest sequence. `in_flight` is the most steps that may be launched
-    before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton". `graphs`: steps of up to so many
-    tokens are CUDA graphs, where there is CUDA; 0: none are."""
+    before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton". `kv_dtype` is that of keys and values
+    in the pool, None: the model's. `graphs`: steps of up to so many tokens are CUDA graphs, where there is CUDA; 0: none are."""
 
     slots: int
     blocks: int
@@ -53,6 +54,7 @@ class RunnerConfig:
     columns: int = 256
     in_flight: int = 3
     attention: str = "auto"
+    kv_dtype: torch.dtype | None = None
     graphs: int = 8192
 
 
@@ -80,7 +82,7 @@ class Runner:
         self.clock: SpanClock | None = None
         self.model, self.config = model, config
         device = self.device = model.device
-        self.pool = KVPool(model.layers, config.blocks, config.block_size, model.dtype, device)
+        self.pool = KVPool(model.layers, config.blocks, config.block_size, config.kv_dtype or model.dtype, device)
         self.attention = _attention(config, self.pool, model)
         model.attach(self.pool, self.attention)
         self.sampler = SlotSampler(config.slots, model.vocab_size, device)
@@ -236,8 +238,10 @@ def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBac
     if kind == "triton" or (kind == "auto" and model.device.type == "cuda"):
         from penstock.engine.attention.triton import TritonAttention  # Triton comes with CUDA builds of torch only
 
-        return TritonAttention(pool, model.layers, config.slots, config.columns, deterministic=model.deterministic)
-    if kind == "inplace" or (kind == "auto" and inplace_suits(model.layers, pool.block_size, model.dtype, model.device)):
+        return TritonAttention(pool, model.layers, config.slots, config.columns, dtype=model.dtype, deterministic=model.deterministic)
+    if kind == "inplace" and pool.dtype == FP8:
+        raise ModelError("invalid_option", "kv_dtype=fp8: attention='inplace' reads float32 alone: take auto or gather")
+    if kind == "inplace" or (kind == "auto" and inplace_suits(model.layers, pool.block_size, pool.dtype, model.device)):
         kernels = load_kernels()
         if kernels is not None:
             return (TokenAttention if model.deterministic else InPlaceAttention)(pool, model.layers, kernels)

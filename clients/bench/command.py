@@ -13,6 +13,7 @@ from penstock.clients.bench.apart import against_transformers
 from penstock.clients.bench.chaos import chaos
 from penstock.clients.bench.fairness import fairness
 from penstock.clients.bench.kernels import COLUMNS, kernels
+from penstock.clients.bench.kv import kv
 from penstock.clients.bench.offline import offline, online
 from penstock.clients.bench.picture import plot, plot_rates
 from penstock.clients.bench.pipeline import pipeline
@@ -99,6 +100,23 @@ def kernels_command(
         figures["machine"] = machine()
         show_rows(f"kernels of {model}", figures["rows"], COLUMNS, as_json=as_json)
         show("ceilings", figures, as_json=as_json)
+
+
+@app.command("kv")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model", "executor", "kv_dtype"))
+def kv_command(
+    model: Annotated[str, typer.Option(help="`tiny`, a shape as of `offline`, a folder or a hub id")] = "tiny",
+    passages: Annotated[int, typer.Option(help="texts of the model's own", min=1)] = 8,
+    length: Annotated[int, typer.Option(help="tokens in each, about", min=1)] = 512,
+    output: Annotated[int, typer.Option(help="greedy tokens after each", min=1)] = 64,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """What eight-bit keys and values do to a model: log-probabilities and greedy tokens beside those of its own dtype."""
+    with reported():
+        figures = asyncio.run(kv(model, passages, length, output, **only_given(given)))
+        figures["machine"] = machine()
+        show("kv", figures, as_json=as_json)
 
 
 @app.command("pipeline")

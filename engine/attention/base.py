@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from penstock.engine.attention.storage import raw
+
 if TYPE_CHECKING:
     from penstock.engine.attention.triton import TritonAttention
 
@@ -117,11 +119,12 @@ class KVPool:
     """The keys and values of all layers: for each layer a key and a value tensor `[blocks, kv_heads, block_size, dim]`, so that what one
     head reads of a block lies together.
 
-    Layers of the same shape lie in one tensor. The memory is not initialised: what was never written must never be read.
+    `dtype` is the model's, or FP8 (`engine.attention.storage`). Layers of the same shape lie in one tensor. The memory is not
+    initialised: what was never written must never be read.
     """
 
     def __init__(self, layers: Sequence[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.blocks, self.block_size = blocks, block_size
+        self.blocks, self.block_size, self.dtype = blocks, block_size, dtype
         kinds: dict[tuple[int, int], int] = {}
         places = []
         for layer in layers:
@@ -146,7 +149,7 @@ class KVPool:
     def clear(self, blocks: Tensor) -> None:
         """Zero these blocks (int64 indices) in every layer."""
         for stack in self.stacks:
-            stack.index_fill_(1, blocks, 0)
+            raw(stack).index_fill_(1, blocks, 0)
 
 
 def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:

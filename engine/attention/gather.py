@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.engine.attention.base import Columns, Int32, KVPool, LayerAttention, LayerShape, StepRows
+from penstock.engine.attention.storage import raw, rounded
 from penstock.engine.plan import Float32
 
 GROUP_TOKENS = 2048  # keys gathered at once: what stays in a core's cache, and large enough to be worth a call
@@ -92,6 +93,7 @@ class GatherAttention:
             self.pool.clear(columns["begun"])
 
     def attend(self, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        k, v = rounded(k, self.pool.dtype), rounded(v, self.pool.dtype)
         parts = self._attend_decodes(layer, q, k, v, sinks)
         for chunk in self.chunks[kind_of(layer.shape)]:
             parts.append(self._attend_chunk(layer, chunk, q, k, v, sinks))
@@ -137,11 +139,11 @@ class GatherAttention:
         shape, parts = layer.shape, []
         lines = self.columns[f"lines.{shape.kv_heads}"]
         for pool, new in ((layer.keys, k), (layer.values, v)):
-            pool.view(-1, pool.shape[-1]).index_copy_(0, lines, new.reshape(-1, pool.shape[-1]))
+            raw(pool).view(-1, pool.shape[-1]).index_copy_(0, lines, raw(new.reshape(-1, pool.shape[-1])))
         for group in self.groups[kind_of(shape)]:
             rows = group.high - group.low
             queries = q[group.low : group.high].reshape(rows, shape.kv_heads, -1, shape.head_dim)
-            keys, values = self._gather(layer, group.name, rows)
+            keys, values = self._gather(layer, group.name, rows, q.dtype)
             seen = attend(shape, queries, keys, values, self._mask(group.name, q.dtype), sinks, grouped=True)
             parts.append(seen.reshape(rows, shape.heads, shape.value_dim))
         return parts
@@ -171,9 +173,9 @@ class GatherAttention:
         some = slice(chunk.low, chunk.high)
         mask = None
         if chunk.fresh:
-            keys, values = k[some].transpose(0, 1)[None], v[some].transpose(0, 1)[None]
+            keys, values = (x[some].to(q.dtype).transpose(0, 1)[None] for x in (k, v))
         else:
-            keys, values = self._gather(layer, chunk.name, 1)
+            keys, values = self._gather(layer, chunk.name, 1, q.dtype)
             mask = self._mask(chunk.name, q.dtype)
         seen = attend(layer.shape, q[some].transpose(0, 1)[None], keys, values, mask, sinks, grouped=False)
         return seen[0].transpose(0, 1)
@@ -192,18 +194,19 @@ class GatherAttention:
         begun = (offsets < self.block_size - 1) & (positions[lasts] - offsets >= rows.starts)
         return places[lasts][begun] // np.int32(self.block_size)
 
-    def _gather(self, layer: LayerAttention, name: str, rows: int) -> tuple[Tensor, Tensor]:
-        """Blocks of the pool to keys and values `[rows, kv_heads, tokens, dim]`, views of buffers that the next call overwrites."""
+    def _gather(self, layer: LayerAttention, name: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Blocks of the pool to keys and values `[rows, kv_heads, tokens, dim]`, in the queries' `dtype`: views of buffers that the next
+        call overwrites, if that is the pool's, too."""
         index = self.columns[f"blocks.{name}"]
         found = []
-        for which, pool in enumerate((layer.keys, layer.values)):
+        for which, pool in enumerate((raw(layer.keys), raw(layer.values))):
             width = pool.shape[2] * pool.shape[3]
             buffer = self.buffers.get(which)
             if buffer is None or buffer.numel() < len(index) * width:
                 buffer = self.buffers[which] = pool.new_empty(len(index) * width)
             chosen = buffer[: len(index) * width].view(len(index), width)
             torch.index_select(pool.view(-1, width), 0, index, out=chosen)
-            found.append(chosen.view(rows, layer.shape.kv_heads, -1, pool.shape[3]))
+            found.append(chosen.view(self.pool.dtype).view(rows, layer.shape.kv_heads, -1, pool.shape[3]).to(dtype))
         return found[0], found[1]
 
     def _mask(self, name: str, dtype: torch.dtype) -> Tensor:

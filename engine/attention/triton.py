@@ -21,12 +21,15 @@ class TritonAttention:
     of the slots comes one that stays empty, for rows that only fill up a CUDA graph.
 
     `deterministic`: a decode is a chunk of one token, so that the bits of a token do not depend on which it was, nor on how many programs
-    would have shared its keys."""
+    would have shared its keys. `dtype` is that of the queries, if the pool's is another."""
 
     sorts_decodes = False
     fuses = True
 
-    def __init__(self, pool: KVPool, layers: Sequence[LayerShape], slots: int, columns: int, *, deterministic: bool = False) -> None:
+    def __init__(
+        self, pool: KVPool, layers: Sequence[LayerShape], slots: int, columns: int, *, dtype: torch.dtype | None = None,
+        deterministic: bool = False,
+    ) -> None:  # fmt: skip
         device = pool.stacks[0].device
         self.pool, self.deterministic = pool, deterministic
         self.table = torch.zeros((slots + 1, columns), dtype=torch.int32, device=device)
@@ -34,7 +37,7 @@ class TritonAttention:
         self.tickets = torch.zeros((slots + 1) * self.kv_heads, dtype=torch.int32, device=device)
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         self.tiles = {
-            queries_in_tile(layer.heads // layer.kv_heads, layer.head_dim, pool.stacks[0].dtype): None for layer in layers
+            queries_in_tile(layer.heads // layer.kv_heads, layer.head_dim, dtype or pool.dtype): None for layer in layers
         }  # an ordered set: how many queries a tile holds is all that layers differ in
         self.decodes: Decodes | None = None
         self.chunks: dict[int, Chunks] = {}

@@ -8,8 +8,9 @@ Where a layer's products come straight from its fused query-key-value product, n
 launch (`Turns`). The newest key and value are then taken from there, and written to the pool on the way; all others are of earlier steps,
 and the first of them are fetched while the product still runs.
 
-Pool: keys `[blocks, kv_heads, block_size, dim]`, values alike. Row r's query is at position `starts[r]` of its sequence, whose blocks are
-`table[slots[r]]`. `slots` and `starts` are int64, `table` is int32. Loads are masked: what was never written cannot matter.
+Pool: keys `[blocks, kv_heads, block_size, dim]`, values alike, of the queries' dtype or e4m3. Row r's query is at position `starts[r]` of
+its sequence, whose blocks are `table[slots[r]]`. `slots` and `starts` are int64, `table` is int32. Loads are masked: what was never written
+cannot matter.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from penstock.engine.attention.base import LayerShape
 from penstock.engine.kernels.heads import turned
 from penstock.engine.kernels.overlap import fetch, overlap, wait
 from penstock.engine.kernels.softmax import LOG2_E, divide, in_base_2, weigh
+from penstock.engine.kernels.storage import rounded
 
 MOST_SPLITS = 16  # programs among which the keys of one decode may be split
 
@@ -91,12 +93,13 @@ def _decode(  # type: ignore[no-untyped-def]
                 source + k_head * DIM + one, one == 0, weights + k_head * DIM, cos_at, sin_at, epsilon, DIM, PADDED_DIM, PAIRS, NORM
             ).to(dtype)  # fmt: skip
             v = tl.load(source + v_head * DIM + one + e[None, :], mask=(e < VALUE_DIM)[None, :], other=0.0)
+            k, v = rounded(k, keys.dtype.element_ty), rounded(v, values.dtype.element_ty)  # as later tokens will read them
             place = tl.load(places + row)
             newest = (place // SIZE * KV_HEADS + kv_head) * SIZE + place % SIZE
             written = (d < DIM)[None, :] & (place >= 0)
-            tl.store(keys + newest * DIM + one + d[None, :], k.to(keys.dtype.element_ty), mask=written)
+            tl.store(keys + newest * DIM + one + d[None, :], k, mask=written)
             written = (e < VALUE_DIM)[None, :] & (place >= 0)
-            tl.store(values + newest * VALUE_DIM + one + e[None, :], v.to(values.dtype.element_ty), mask=written)
+            tl.store(values + newest * VALUE_DIM + one + e[None, :], v, mask=written)
             scores, factor = in_base_2(tl.sum(queries.to(tl.float32) * k.to(tl.float32), 1), scaling, softcap, SOFTCAP)
             best = scores * factor
             total += 1.0
@@ -112,9 +115,9 @@ def _decode(  # type: ignore[no-untyped-def]
         seen = inside
         if WINDOW:
             seen = seen & (at + n > position - window)
-        scores = tl.dot(queries, k, input_precision="ieee")
+        scores = tl.dot(queries, k.to(queries.dtype), input_precision="ieee")
         weights_of, best, total, shrink = weigh(scores, seen[None, :], scaling, softcap, best, total, SOFTCAP, True)
-        acc = acc * shrink[:, None] + tl.dot(weights_of.to(v.dtype), v, input_precision="ieee")
+        acc = acc * shrink[:, None] + tl.dot(weights_of.to(queries.dtype), v.to(queries.dtype), input_precision="ieee")
 
     mine = valid[:, None] & (e < VALUE_DIM)[None, :]
     if SPLIT:

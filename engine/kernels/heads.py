@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.engine.kernels.overlap import overlap, wait
+from penstock.engine.kernels.storage import rounded
 
 TOKENS = 16  # of one head, that a program takes where there are many
 
@@ -69,7 +70,7 @@ def _turn(  # type: ignore[no-untyped-def]
         pool = keys
         if head >= HEADS + KV_HEADS:
             pool = values
-        tl.store(pool + line[:, None] * DIM + d[None, :], x.to(pool.dtype.element_ty), mask=mask)
+        tl.store(pool + line[:, None] * DIM + d[None, :], rounded(x, pool.dtype.element_ty), mask=mask)
 
 
 def turn_heads(
@@ -81,8 +82,9 @@ def turn_heads(
     qkv `[tokens, (heads + 2 * kv_heads) * dim]`: queries, keys, values. `weights` `[heads + kv_heads, dim]` of an RMSNorm over each
     head, or None. cos and sin float32 `[positions, pairs]` of the first `2 * pairs` dimensions of a head, of which one and the one
     `pairs` further on turn together. positions int64 `[tokens]`; places int64 `[tokens]`, counted in tokens from the start of the pool,
-    or below 0: then nothing is written. keys and values `[blocks, kv_heads, block_size, dim]`. `alike`: programs are the same for any
-    number of tokens, and so are the bits of a token's norms, whose order of summing is the compiler's.
+    or below 0: then nothing is written. keys and values `[blocks, kv_heads, block_size, dim]`, of qkv's dtype or e4m3.
+    `alike`: programs are the same for any number of tokens, and so are the bits of a token's norms, whose order of summing is the
+    compiler's.
     """
     tokens = len(qkv)
     _, kv_heads, size, dim = keys.shape

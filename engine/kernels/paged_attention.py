@@ -4,7 +4,8 @@ The query heads that share a KV head are rows of the same tile, so a key is load
 by all queries of a tile: these are not masked at all. Those at the edges are, before anything is multiplied: what was never written cannot
 matter. A tile of keys begins at a multiple of its size, so how a prompt is cut into chunks does not change what is summed with what.
 
-Pool: keys `[blocks, kv_heads, block_size, head_dim]`, values alike; a sequence's blocks are `table[slot]`, int32.
+Pool: keys `[blocks, kv_heads, block_size, head_dim]`, values alike, of the queries' dtype or e4m3; a sequence's blocks are
+`table[slot]`, int32.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from penstock.engine.attention.base import LayerShape
 from penstock.engine.kernels.decode_attention import padded_dim
 from penstock.engine.kernels.overlap import overlap, wait
 from penstock.engine.kernels.softmax import divide, weigh
+from penstock.engine.kernels.storage import rounded
 
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
@@ -36,7 +38,7 @@ def _write_rows(  # type: ignore[no-untyped-def]
     mask = (place >= 0)[:, None] & (d < dim)[None, :]
     line = (place // SIZE * heads + head) * SIZE + place % SIZE
     x = tl.load(new + token.to(tl.int64)[:, None] * new_token + head * new_head + d[None, :], mask=mask)
-    tl.store(pool + line[:, None] * dim + d[None, :], x, mask=mask)
+    tl.store(pool + line[:, None] * dim + d[None, :], rounded(x, pool.dtype.element_ty), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -64,13 +66,13 @@ def _attend_keys(  # type: ignore[no-untyped-def]
             k = tl.load(keys + line[:, None] * DIM + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
         else:
             k = tl.load(keys + line[:, None] * DIM + d[None, :])
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(queries, tl.trans(k.to(queries.dtype)), input_precision="ieee")
         weights, best, total, shrink = weigh(scores, seen, scaling, softcap, best, total, SOFTCAP, MASKED)
         if MASKED or VALUE_DIM != PADDED_VALUE_DIM:
             v = tl.load(values + line[:, None] * VALUE_DIM + e[None, :], mask=inside[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
         else:
             v = tl.load(values + line[:, None] * VALUE_DIM + e[None, :])
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(queries.dtype), v.to(queries.dtype), acc * shrink[:, None], input_precision="ieee")
     return best, total, acc
 
 

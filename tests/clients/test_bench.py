@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from penstock.clients.bench.kv import Told, compare, kv
 from penstock.clients.bench.measure import Run, Trace
 from penstock.clients.bench.offline import offline, step_figures
 from penstock.clients.bench.picture import plot_rates
@@ -89,3 +91,22 @@ def test_the_picture_of_rates_is_a_png(tmp_path: Path, rates: tuple[float, ...])
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(PenstockError, match="cannot write"):
         plot_rates(tmp_path / "no" / "rates.png", "rates", {rates[0]: Run(1.0, 5, traces)})
+
+
+def test_two_engines_are_compared_token_by_token() -> None:
+    one, other = Told([-1.0, -2.0, -3.0], [5, 6, 7], [[1, 2], [3, 4]]), Told([-1.0, -2.5, -2.0], [5, 6, 8], [[1, 9], [3, 4]])
+    found = compare(one, other)
+    assert found["difference_mean"] == pytest.approx(0.5)
+    assert found["difference_max"] == pytest.approx(1.0)
+    assert (found["likeliest_same"], found["greedy_same"], found["continuations_same"]) == (pytest.approx(2 / 3), 0.75, 0.5)
+    assert one.perplexity == pytest.approx(math.exp(2.0))
+
+
+def test_eight_bits_a_key_move_the_log_probabilities_of_tiny_a_little() -> None:
+    figures = asyncio.run(kv("tiny", 2, 100, 8, device="cpu", threads=1, max_running=4))
+    assert (figures["kv_dtype_auto"], figures["kv_dtype_fp8"]) == ("float32", "float8_e4m3fn")
+    assert figures["difference_mean_again"] < 1e-4 < 1e-3 < figures["difference_mean"] < 0.2
+    assert figures["perplexity_fp8"] == pytest.approx(figures["perplexity_auto"], rel=0.1)
+    assert figures["likeliest_same"] > 0.85
+    assert figures["greedy_same_again"] == 1.0
+    assert 0 <= figures["greedy_same"] <= 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape, StepRows
+from penstock.engine.attention.storage import rounded
 
 
 @dataclass
@@ -49,18 +50,20 @@ def make_step(
     *,
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
     begun_as_zero: bool = True,
 ) -> Step:
-    """Decodes at the given positions, chunks as (start, count). Blocks, slots and values are random. `begun_as_zero`: the unwritten part of
+    """Decodes at the given positions, chunks as (start, count). Blocks, slots and values are random. The pool is of `kv_dtype` (None: of
+    `dtype`), and what is expected is made of keys and values as it keeps them. `begun_as_zero`: the unwritten part of
     a block that an earlier step began to fill is zero, as `GatherAttention` leaves it; else it is NaN like all the rest."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     starts = np.array([*decodes, *(start for start, _ in chunks)], np.int32)
     counts = np.array([*(1 for _ in decodes), *(count for _, count in chunks)], np.int32)
     ends = starts + counts
     needed = -(-ends // block_size)
-    pool = KVPool([shape], int(needed.sum()) + 3, block_size, dtype, torch.device(device))
+    pool = KVPool([shape], int(needed.sum()) + 3, block_size, kv_dtype or dtype, torch.device(device))
     pool.fill(float("nan"))
     slots = rng.permutation(len(starts) + 2)[: len(starts)].astype(np.int32)
     free = iter(rng.permutation(pool.blocks).tolist())
@@ -81,15 +84,16 @@ def make_step(
     token = 0
     for row, slot in enumerate(slots.tolist()):
         start, end = int(starts[row]), int(ends[row])
-        keys, values = draw(end, shape.kv_heads, shape.head_dim), draw(end, shape.kv_heads, shape.value_dim)
+        drawn = draw(end, shape.kv_heads, shape.head_dim), draw(end, shape.kv_heads, shape.value_dim)
+        keys, values = (rounded(x, pool.dtype).to(dtype) for x in drawn)
         if begun_as_zero and start % block_size:
             pool.clear(torch.tensor([int(table[slot, start // block_size])], device=device))
         for position in range(start):
             block, offset = int(table[slot, position // block_size]), position % block_size
             pool.layers[0][0][block, :, offset] = keys[position]
             pool.layers[0][1][block, :, offset] = values[position]
-        new_keys.append(keys[start:])
-        new_values.append(values[start:])
+        new_keys.append(drawn[0][start:])
+        new_values.append(drawn[1][start:])
         for position in range(start, end):
             expected.append(naive(shape, q[token], keys[: position + 1], values[: position + 1], sinks))
             token += 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import KVPool, LayerAttention, LayerShape
+from penstock.engine.attention.storage import FP8
 
 MEANT = os.environ.get("PENSTOCK_TEST_COMPILING") == "1"
 elsewhere = pytest.mark.skipif(MEANT, reason="the kernels compile in this process")
@@ -72,6 +73,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
             assert "sm_90" in kernel.asm["ptx"]
+            assert self.__name__ != "_attend_tile" or "cp.async" in kernel.asm["ptx"], "keys are not loaded ahead"
             names.append(self.__name__)
             return kernel
 
@@ -86,12 +88,13 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @here
 @pytest.mark.parametrize("splitting", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
-def test_attention_of_decodes_and_chunks(name: str, splitting: bool, compiled: list[str]) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8], ids=str)
+def test_attention_of_decodes_and_chunks(name: str, splitting: bool, kv_dtype: torch.dtype, compiled: list[str]) -> None:
     from penstock.engine.attention.triton import TritonAttention
 
     shape, dtype = SHAPES[name], torch.bfloat16
-    pool = KVPool([shape], 4, 16, dtype, torch.device("cpu"))
-    backend = TritonAttention(pool, [shape], 2, 64)
+    pool = KVPool([shape], 4, 16, kv_dtype, torch.device("cpu"))
+    backend = TritonAttention(pool, [shape], 2, 64, dtype=dtype)
     backend.processors = 132 if splitting else 1
     column: Callable[[int], Tensor] = lambda n: torch.zeros(n, dtype=torch.int64)  # noqa: E731
     columns = {"sources": column(8), "positions": column(8), "places": column(8), "decodes": column(1)}
