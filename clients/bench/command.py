@@ -92,11 +92,12 @@ def kernels_command(
     keys: Annotated[int, typer.Option(help="keys that each decode attends to", min=1)] = 576,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="of keys and values: auto or fp8")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Each kernel alone, beside its floor: the least time that its bytes or its flops could take on this device."""
     with reported():
-        figures = kernels(model, rows or ["1,8,32,128,256"], keys, dtype, device)
+        figures = kernels(model, rows or ["1,8,32,128,256"], keys, dtype, device, kv_dtype)
         figures["machine"] = machine()
         show_rows(f"kernels of {model}", figures["rows"], COLUMNS, as_json=as_json)
         show("ceilings", figures, as_json=as_json)

@@ -18,13 +18,13 @@ COLUMNS = {  # how a table shows them
 }  # fmt: skip
 
 
-def kernels(model: str, rows: list[str], keys: int, dtype: str, device: str) -> dict[str, Any]:
+def kernels(model: str, rows: list[str], keys: int, dtype: str, device: str, kv_dtype: str = "auto") -> dict[str, Any]:
     """`ceilings`, what the device was seen to give at most, and `rows`, one for each kernel and size: microseconds (median), the floor,
     its share of the time, and what was moved and computed a second. `model` is a shape or a folder; `rows` are numbers, or several
     separated by commas. Raises `InvalidRequest`, `PenstockError`."""
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
         source = str(write_model(model, Path(folder))) if model in SHAPES else model
-        order = {"model": source, "rows": _numbers(rows), "keys": keys, "dtype": dtype, "device": device}
+        order = {"model": source, "rows": _numbers(rows), "keys": keys, "dtype": dtype, "device": device, "kv_dtype": kv_dtype}
         return {"model": model, "keys": keys, **run_apart("engine.bench", json.dumps(order))}
 
 

@@ -27,14 +27,16 @@ PROMPTS = ((1, 512), (4, 512), (16, 512), (1, 8192))  # and tokens in each
 SAMPLED = 512  # rows: a step may have more tokens, but not more streams
 
 
-def measure(model: str, rows: list[int], keys: int, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
+def measure(model: str, rows: list[int], keys: int, dtype: str = "auto", device: str = "auto", kv_dtype: str = "auto") -> dict[str, Any]:
     """The figures of `penstock bench kernels`: `ceilings`, and `rows`, one for each kernel and size. `model` is a folder with a
     config.json. Raises `ModelError`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.empty(0, device=device).device  # which one of several, too
     spec = read_spec(model, dtype="float32" if (dtype, device) == ("auto", "cpu") else dtype, weights="random")
-    subject = read_subject(read_config(spec), max(keys, spec.max_model_len), DTYPES[spec.dtype], where, fused=device == "cuda")
+    subject = read_subject(
+        read_config(spec), max(keys, spec.max_model_len), DTYPES[spec.dtype], where, fused=device == "cuda", kv_dtype=kv_dtype
+    )
     torch.manual_seed(0)
     ceilings = measure_ceilings(where, subject.dtype)
     return {

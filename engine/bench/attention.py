@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
+import torch
 
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, StepRows, can_fuse
 from penstock.engine.attention.gather import GatherAttention
@@ -32,10 +33,10 @@ def _attention(subject: Subject, kernel: str, name: str, rows: int, count: int, 
     """`rows` rows of `count` queries each, the last of which sees `keys` keys."""
     shape, device, item = subject.shape, subject.device, subject.dtype.itemsize
     tokens, each = rows * count, -(-keys // BLOCK)
-    layers = subject.copies(lambda: shape, rows * keys * shape.bytes_per_token(subject.dtype))
-    pool = KVPool(layers, rows * each, BLOCK, subject.dtype, device)
+    layers = subject.copies(lambda: shape, rows * keys * shape.bytes_per_token(subject.kv_dtype))
+    pool = KVPool(layers, rows * each, BLOCK, subject.kv_dtype, device)
     for stack in pool.stacks:
-        stack.normal_()
+        stack.copy_(torch.randn(stack.shape[1:], device=device))  # the same for all layers
     backend = make_backend(subject, pool, rows)
     table = np.zeros((rows, -(-subject.longest // BLOCK)), np.int32)
     table[:, :each] = np.random.default_rng(0).permutation(rows * each).reshape(rows, each)
@@ -60,7 +61,7 @@ def _attention(subject: Subject, kernel: str, name: str, rows: int, count: int, 
     else:
         calls = [partial(backend.attend, part, q, k, v, None) for part in parts]
     pairs = rows * sum(keys - before if shape.window is None else min(keys - before, shape.window) for before in range(count))
-    read = rows * min(keys, (shape.window or keys) + count - 1) * shape.bytes_per_token(subject.dtype)
+    read = rows * min(keys, (shape.window or keys) + count - 1) * shape.bytes_per_token(subject.kv_dtype)
     moved = read + tokens * shape.heads * (shape.head_dim + shape.value_dim) * item
     return Case(kernel, name, tokens, moved, 2 * pairs * shape.heads * (shape.head_dim + shape.value_dim), calls)
 
@@ -71,6 +72,6 @@ def make_backend(subject: Subject, pool: KVPool, rows: int) -> AttentionBackend:
     if subject.fused:
         from penstock.engine.attention.triton import TritonAttention  # Triton comes with CUDA builds of torch only
 
-        return TritonAttention(pool, layers, rows, -(-subject.longest // pool.block_size))
-    kernels = load_kernels() if inplace_suits(layers, pool.block_size, subject.dtype, subject.device) else None
+        return TritonAttention(pool, layers, rows, -(-subject.longest // pool.block_size), dtype=subject.dtype)
+    kernels = load_kernels() if inplace_suits(layers, pool.block_size, pool.dtype, subject.device) else None
     return GatherAttention(pool, layers) if kernels is None else InPlaceAttention(pool, layers, kernels)

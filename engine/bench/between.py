@@ -23,7 +23,7 @@ TEMPERATURE = 0.6
 def time_between(subject: Subject, rows: int) -> Iterator[Case]:
     hidden, inner, item = subject.hidden, subject.inner, subject.dtype.itemsize
     rotaries, activation = subject.decoder.rotaries[:1], subject.decoder.activation
-    pool = KVPool([subject.shape], -(-rows // BLOCK), BLOCK, subject.dtype, subject.device)
+    pool = KVPool([subject.shape], -(-rows // BLOCK), BLOCK, subject.kv_dtype, subject.device)
     backend = make_backend(subject, pool, rows)
     glue: Glue = FusedGlue(rotaries, activation, backend) if can_fuse(backend) else PlainGlue(rotaries, activation, subject.dtype)
     h, x, norm = subject.draw(rows, hidden), subject.draw(rows, hidden), Norm(subject.draw(hidden), subject.decoder.epsilon)
@@ -64,7 +64,7 @@ def _heads(subject: Subject, rows: int, pool: KVPool) -> Case:
         epsilon, tables = subject.decoder.epsilon, rotary.tables(subject.longest)
         places = torch.randperm(rows, device=subject.device)
         call: Call = partial(turn_heads, qkv, weight, epsilon, *tables, positions, places, *pool.layers[0])
-        moved = 2 * qkv.nbytes + angles
+        moved = qkv.nbytes + rows * (heads * dim * item + shape.bytes_per_token(subject.kv_dtype)) + angles
     else:
         norm = None if weight is None else HeadNorm(weight, subject.decoder.epsilon)
         rotated = qkv.view(rows, -1, dim)[:, : heads + kv_heads]

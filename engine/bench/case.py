@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from penstock.engine.attention.base import LayerShape
+from penstock.engine.attention.storage import choose_dtype
 from penstock.engine.bench.clock import Call
 from penstock.engine.model.decoder import Decoder, read_decoder
 from penstock.engine.model.spec import ModelError
@@ -39,7 +40,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """The model whose kernels are timed: sequences of up to `longest` tokens. `fused`: with the Triton kernels, as on CUDA."""
+    """The model whose kernels are timed: sequences of up to `longest` tokens, whose keys and values are kept in
+    `kv_dtype`. `fused`: with the Triton kernels, as on CUDA."""
 
     decoder: Decoder
     hidden: int
@@ -47,6 +49,7 @@ class Subject:
     head_norms: bool
     longest: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
     fused: bool
 
@@ -69,12 +72,15 @@ class Subject:
         return [make() for _ in range(min(MOST_COPIES, -(-cache // size)))]
 
 
-def read_subject(config: PreTrainedConfig, longest: int, dtype: torch.dtype, device: torch.device, *, fused: bool) -> Subject:
-    """Raises `ModelError` if the native decoder does not know the family."""
+def read_subject(
+    config: PreTrainedConfig, longest: int, dtype: torch.dtype, device: torch.device, *, fused: bool, kv_dtype: str = "auto"
+) -> Subject:
+    """Raises `ModelError` if `kv_dtype`, auto or fp8, cannot be done, or the native decoder does not know the family."""
     decoder = read_decoder(config, device)
     if decoder is None:
         raise ModelError("unsupported_model", f"{config.model_type}: the native decoder does not know it, so none of its kernels are timed")
     if any(decoder.mixtures):
         raise ModelError("unsupported_model", f"{config.model_type}: kernels of experts are not timed yet")
     norms = "model.layers.0.self_attn.q_norm.weight" in weight_shapes(config)
-    return Subject(decoder, config.hidden_size, config.intermediate_size, norms, longest, dtype, device, fused)
+    stored = choose_dtype(kv_dtype, dtype, device)
+    return Subject(decoder, config.hidden_size, config.intermediate_size, norms, longest, dtype, stored, device, fused)

@@ -56,8 +56,9 @@ def test_every_triton_kernel_is_called_as_the_engine_calls_it(folder: Path, monk
 
 
 @elsewhere
-def test_on_a_cpu_there_is_a_row_for_each_kernel_and_size(folder: Path) -> None:
-    figures = measure(str(folder), [1, 3], 40, device="cpu")
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_on_a_cpu_there_is_a_row_for_each_kernel_and_size(folder: Path, kv_dtype: str) -> None:
+    figures = measure(str(folder), [1, 3], 40, device="cpu", kv_dtype=kv_dtype)
     assert {row["kernel"] for row in figures["rows"]} == ON_BOTH
     assert len(figures["rows"]) == 2 * (len(ON_BOTH) - 1) + 1
     assert min(figures["ceilings"][name] for name in ("tb_per_s", "tflop_per_s", "empty_us")) > 0
