@@ -125,7 +125,9 @@ def test_what_is_too_large_becomes_the_largest(dtype: torch.dtype) -> None:
 def test_a_kernel_rounds_as_torch_does(dtype: torch.dtype) -> None:
     x = (torch.randn(500, 1, 64) * torch.logspace(-4, 4, 64)).to(dtype)
     x[3, 0, 5] = float("nan")
-    assert raw(write(x)).tolist() == raw(rounded(x, FP8)).tolist()
+    got, expected = (kept.cpu().float() for kept in (write(x), rounded(x, FP8)))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)  # a NaN may have either sign
+    assert int(got.isnan().sum()) == 1
 
 
 @here
