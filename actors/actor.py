@@ -22,6 +22,7 @@ from penstock.actors.errors import Fault, Refusal
 from penstock.actors.log import Log
 from penstock.actors.mailbox import Mailbox
 from penstock.actors.messages import Died, Heartbeat, Peers, Ready, Stop, Up
+from penstock.actors.tidy import tidy
 
 HEARTBEAT_S = 1.0
 BATCH = 256  # messages handled before `after` runs, so that a flood cannot starve it
@@ -142,6 +143,7 @@ class Actor:
                 self.tell(Heartbeat(self.kind, self.post.index, self.post.incarnation, self.progress, self.load()))
                 beat = now + HEARTBEAT_S
             self.mail.wait(min(beat - now, self.wake_in()))
+            before = self.progress
             for _ in range(BATCH):
                 message = self.mail.receive()
                 if message is None:
@@ -151,6 +153,7 @@ class Actor:
                 if time.monotonic() >= beat:
                     break  # each message may be a step that takes long: who works must not look stalled
             self.after()
+            tidy(idle=self.progress == before)
 
     def handle(self, message: Any) -> None:
         """A message may overtake the news of who sent it, or of whom it speaks. What it asks for would go to somebody dead: so it waits

@@ -8,6 +8,7 @@ closed, however the supervisor died. A byte in it says that only this actor is t
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -72,6 +73,7 @@ def be_actor(post: Post, death: int) -> NoReturn:
     die_with_parent(death, post.directory)
     if post.kind == "executor":
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    gc.disable()  # see `penstock.actors.tidy`
     well = False
     try:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
