@@ -37,8 +37,7 @@ class _Launch(ctypes.Structure):
 
 
 class CudaKernel:
-    """A compiled function on one device. `kinds` are the ctypes of its arguments; what they point to is trusted. `most`: bytes of shared
-    memory that a launch may ask for."""
+    """A compiled function on one device. `kinds` are the ctypes of its arguments; what they point to is trusted."""
 
     def __init__(self, image: bytes, name: str, kinds: Iterable[Any], *, early: bool) -> None:
         self.kinds, self.driver = tuple(kinds), _driver()
