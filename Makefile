@@ -1,5 +1,6 @@
 # make demo    install everything, start the engine, watch many clients stream from it
 # make test    install what is missing, check, test
+# make kernels the Triton kernels against float64 under their interpreter, where there is no GPU: ten minutes
 # make chaos   kill actors, send rubbish, come and go by the thousand: five minutes
 # make soak    REQUESTS=1000000 short requests, and what they leave in memory
 # make clean   remove what these made
@@ -16,13 +17,16 @@ CONSTRAINTS := $(if $(filter 1,$(HAS_TORCH) $(HAS_GPU)),,-c constraints-cpu.txt)
 
 REQUESTS ?= 1000000
 
-.PHONY: demo test chaos soak check install clean
+.PHONY: demo test kernels chaos soak check install clean
 
 demo: install
 	$(BIN)/penstock demo
 
 test: check
 	$(BIN)/python -m pytest
+
+kernels: install
+	$(BIN)/python -m pytest -m apart tests/engine & first=$$!; $(BIN)/python -m pytest -m apart tests/models && wait $$first
 
 chaos: install
 	$(BIN)/python -m pytest -s tests/chaos

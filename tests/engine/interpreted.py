@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,6 +19,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 READY = GPU or INTERPRETED
 here = pytest.mark.skipif(not READY, reason="runs in a process of its own, under the interpreter")
 elsewhere = pytest.mark.skipif(READY, reason="the kernels run in this process")
+
+
+def apart(test: Callable[[], None]) -> Callable[[], None]:
+    """For the test of a file that it passes under the interpreter, which takes minutes: `make kernels`."""
+    return pytest.mark.apart(pytest.mark.timeout(1800)(elsewhere(test)))
 
 
 def assert_passes(file: str) -> None:

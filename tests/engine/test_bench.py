@@ -16,7 +16,7 @@ from penstock.engine.bench.ceilings import Ceilings
 from penstock.engine.model.load import read_config
 from penstock.engine.model.spec import read_spec
 
-from .interpreted import DEVICE, GPU, assert_passes, elsewhere, here
+from .interpreted import DEVICE, GPU, apart, assert_passes, elsewhere, here
 
 ON_BOTH = {"norm join", "heads", "gate", "qkv", "out", "gate up", "down", "decode attention", "head", "sampling", "prefill attention"}
 FEW = {f"{name}, few rows" for name in ("qkv", "out", "gate up", "down")}
@@ -33,7 +33,7 @@ def subject_of(folder: Path, *, fused: bool) -> Subject:
     return read_subject(read_config(spec), 64, dtype, DEVICE, fused=fused)
 
 
-@elsewhere
+@apart
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
 

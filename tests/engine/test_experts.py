@@ -12,13 +12,13 @@ from penstock.engine.model.decoder import ACTIVATIONS
 from penstock.engine.model.experts import Experts, Mixture
 from penstock.engine.model.glue import PlainGlue
 
-from .interpreted import DEVICE, GPU, assert_passes, elsewhere, here
+from .interpreted import DEVICE, GPU, apart, assert_passes, here
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-@elsewhere
+@apart
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
 

@@ -16,7 +16,7 @@ from penstock.engine.model.invariant import ACTIVATIONS, Panels
 from penstock.engine.model.linear import Linear
 from penstock.engine.staging import HostStaging
 
-from .interpreted import DEVICE, GPU, assert_passes, elsewhere, here
+from .interpreted import DEVICE, GPU, apart, assert_passes, elsewhere, here
 from .test_attention import compiled
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
@@ -34,7 +34,7 @@ WINDOWS = {
 }
 
 
-@elsewhere
+@apart
 def test_all_of_this_file_that_needs_triton_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
 

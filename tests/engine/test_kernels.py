@@ -18,7 +18,7 @@ from penstock.engine.scheduler import SchedulerConfig
 
 from .attending import make_step
 from .driver import request, run
-from .interpreted import DEVICE, GPU, assert_passes, elsewhere, here
+from .interpreted import DEVICE, GPU, apart, assert_passes, here
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -36,7 +36,7 @@ SHAPES = {
 }
 
 
-@elsewhere
+@apart
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
 

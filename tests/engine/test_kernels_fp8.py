@@ -19,13 +19,13 @@ from penstock.engine.scheduler import SchedulerConfig
 
 from .attending import Step, make_step
 from .driver import request, run
-from .interpreted import DEVICE, GPU, INTERPRETED, assert_passes, elsewhere, here
+from .interpreted import DEVICE, GPU, INTERPRETED, apart, assert_passes, here
 from .test_kernels import DTYPES, SHAPES, TOLERANCE
 
 rounds = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not round as a GPU does")
 
 
-@elsewhere
+@apart
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
 

@@ -18,7 +18,7 @@ from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
 
 from ..engine.driver import request, run  # noqa: TID252
-from ..engine.interpreted import DEVICE, GPU, assert_passes, elsewhere, here  # noqa: TID252
+from ..engine.interpreted import DEVICE, GPU, apart, assert_passes, here  # noqa: TID252
 from .test_native import make
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NAMES = ["qwen3", "gemma2", "gemma3_text", "olmo2", "partial", "biases"]
 
 
-@elsewhere
+@apart
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
 

@@ -6,11 +6,11 @@ import pytest
 
 from penstock.engine.model import experts
 
-from ..engine.interpreted import assert_passes, elsewhere, here  # noqa: TID252
+from ..engine.interpreted import apart, assert_passes, here  # noqa: TID252
 from .test_fused import compare_runs, errors_of
 
 
-@elsewhere
+@apart
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
 

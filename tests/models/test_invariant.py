@@ -22,7 +22,7 @@ from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
 
 from ..engine.driver import Outcome, request, run  # noqa: TID252
-from ..engine.interpreted import DEVICE, GPU, INTERPRETED, assert_passes, elsewhere, here  # noqa: TID252
+from ..engine.interpreted import DEVICE, GPU, INTERPRETED, apart, assert_passes, elsewhere, here  # noqa: TID252
 from .test_fused import sized
 from .test_native import make
 
@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@elsewhere
+@apart
 def test_all_of_this_file_that_needs_triton_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
 
