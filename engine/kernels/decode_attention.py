@@ -64,7 +64,7 @@ def _decode(  # type: ignore[no-untyped-def]
         share = tl.cdiv(tl.cdiv(high - low, splits), KEYS) * KEYS
         low = low + split * share
         high = tl.minimum(low + share, high)
-        early = there & (low + n < high)
+        early = low + n < tl.where(there, high, 0)
         first = tl.load(entries + (low + n) // SIZE, mask=early, other=0).to(tl.int64)
         first = (first * KV_HEADS + kv_head) * SIZE + (low + n) % SIZE
         part = tl.arange(0, LINES) * (PADDED_DIM // LINES)
@@ -96,9 +96,9 @@ def _decode(  # type: ignore[no-untyped-def]
             k, v = rounded(k, keys.dtype.element_ty), rounded(v, values.dtype.element_ty)  # as later tokens will read them
             place = tl.load(places + row)
             newest = (place // SIZE * KV_HEADS + kv_head) * SIZE + place % SIZE
-            written = (d < DIM)[None, :] & (place >= 0)
+            written = (d < tl.where(place >= 0, DIM, 0))[None, :]
             tl.store(keys + newest * DIM + one + d[None, :], k, mask=written)
-            written = (e < VALUE_DIM)[None, :] & (place >= 0)
+            written = (e < tl.where(place >= 0, VALUE_DIM, 0))[None, :]
             tl.store(values + newest * VALUE_DIM + one + e[None, :], v, mask=written)
             scores, factor = in_base_2(tl.sum(queries.to(tl.float32) * k.to(tl.float32), 1), scaling, softcap, SOFTCAP)
             best = scores * factor
