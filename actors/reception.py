@@ -21,7 +21,7 @@ from penstock.actors.wire import WireError
 
 MOST_SESSIONS = 16_384
 MOST_SESSIONS_OF_USER = 1024
-TURN_S = 0.005  # of messages taken before others have their turn: the scheduler waits for the journal's word before it goes far ahead
+TURN_S = 0.05  # of messages taken before others have their turn
 UNREAD = 4  # times the largest message: answers that a client may leave unread, in bytes
 TELL_EVERY_S = 10.0  # of connections that were refused: strangers must not fill the disk
 MOST_TOLD = 16  # files of keys that are wrong, in one line of the log
