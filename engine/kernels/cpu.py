@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 import warnings
 from contextlib import suppress
 from ctypes import POINTER, c_float, c_int64, c_void_p
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penstock.engine.kernels.cache import cache_folder
+from penstock.engine.kernels.cache import cache_folder, made_apart
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
@@ -105,12 +104,9 @@ def open_kernels() -> Kernels:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    """To a name of its own first: another process may do the same at the same time."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+    with made_apart(library) as made:
         command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMPILE_S)
-        made.rename(library)
 
 
 def _processor() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from ctypes import POINTER, byref, c_byte, c_char_p, c_int, c_size_t, c_uint, c_void_p
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from penstock.engine.kernels.cache import cache_folder
+from penstock.engine.kernels.cache import cache_folder, made_apart
 
 EARLY = 6  # the driver's number for programmatic dependent launch, see `engine.kernels.overlap`
 
@@ -75,17 +74,9 @@ def load_kernel(source: Path, name: str, kinds: Iterable[Any], defines: Mapping[
         with suppress(OSError, CudaError):
             return CudaKernel((cache_folder() / file).read_bytes(), name, kinds, early=major >= 9)
         image = _compile(library, text, source.name, options)
-        with suppress(OSError):
-            _keep(cache_folder() / file, image)
+        with suppress(OSError), made_apart(cache_folder() / file) as made:
+            made.write_bytes(image)
         return CudaKernel(image, name, kinds, early=major >= 9)
-
-
-def _keep(file: Path, image: bytes) -> None:
-    """By a name of its own first: another process may do the same at the same time."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        made.write_bytes(image)
-        made.rename(file)
 
 
 def _compile(library: ctypes.CDLL, source: bytes, file: str, options: list[str]) -> bytes:

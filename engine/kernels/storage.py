@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LARGEST = tl.constexpr(448.0)
+from penstock.engine.attention import storage
+
+LARGEST = tl.constexpr(storage.LARGEST)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
