@@ -76,12 +76,17 @@ class RawClient:
         return self.wait(Report, lambda message: message.query == self.queries).report
 
     def until(self, holds: Callable[[dict[str, Any]], bool], seconds: float = 20.0) -> dict[str, Any]:
-        """Ask for the status until something holds of it."""
+        """Ask for the status until something holds of it. What is not answered soon is asked again, as clients do: a gateway that ends
+        takes questions along, and so does a socket that had just reached it."""
         end = time.monotonic() + seconds
-        while not holds(report := self.status()):
+        report: dict[str, Any] | None = None
+        while report is None or not holds(report):
             if time.monotonic() > end:
                 raise TimeoutError(f"it never came true of {report}")
             time.sleep(0.1)
+            self.status_sent()
+            with suppress(TimeoutError):
+                report = self.wait(Report, lambda message: message.query == self.queries, seconds=1.0).report
         return report
 
     def close(self) -> None:
