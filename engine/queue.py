@@ -1,4 +1,4 @@
-"""Who is next: priorities first, then equal shares of tokens between tenants, then order of arrival.
+"""Who is next: priorities first, then equal shares of tokens between tenants, of each tenant between its adapters, then order of arrival.
 
 Shares follow the virtual token counters of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). Within a priority
 each tenant has a counter of the tokens served to it, and the smallest counter goes first. Tokens are those that were computed or
@@ -10,7 +10,7 @@ a high one was served says nothing about whose turn it is among those who waited
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, Protocol, TypeVar
 
@@ -26,10 +26,18 @@ class Waiting(Protocol):
     @property
     def priority(self) -> int: ...
     @property
+    def adapter(self) -> bytes: ...
+    @property
     def gone(self) -> bool: ...
 
 
 W = TypeVar("W", bound=Waiting)
+Rank = Callable[[bytes], int | None]  # of an adapter: tokens that it was served; None: who waits for it cannot run now
+
+
+def alike(_: bytes) -> int:
+    """A `Rank`: adapters make no difference."""
+    return 0
 
 
 class FairQueue(Generic[W]):
@@ -55,17 +63,12 @@ class FairQueue(Generic[W]):
         if level.head() is not None:
             floor = min(floor, level.heap[0][0]) if floor else level.heap[0][0]
         line = level.lines.get(entry.tenant)
-        while line and line[0].gone:
-            line.popleft()
-        if not line:
+        if line is None or line.empty():
             counter = level.served[entry.tenant] = max(level.served.get(entry.tenant, 0), level.turn, floor)
         if line is None:
-            line = level.lines[entry.tenant] = deque()
+            line = level.lines[entry.tenant] = Line()
             heappush(level.heap, (counter, entry.tenant))
-        if front:
-            line.appendleft(entry)
-        else:
-            line.append(entry)
+        line.push(entry, front=front)
 
     def tenants(self, priority: int) -> Collection[str]:
         """Who may be waiting there."""
@@ -78,7 +81,7 @@ class FairQueue(Generic[W]):
         return level.served.get(tenant, level.turn) if level is not None else 0
 
     def head(self) -> W | None:
-        """The entry that is next, left in the queue."""
+        """The entry that is next, left in the queue, when adapters make no difference."""
         while self._active:
             priority = max(self._active)
             entry = self._active[priority].head()
@@ -87,13 +90,13 @@ class FairQueue(Generic[W]):
             del self._active[priority]
         return None
 
-    def head_at(self, priority: int, without: Collection[str] = ()) -> W | None:
+    def head_at(self, priority: int, without: Collection[str] = (), rank: Rank = alike) -> W | None:
         """The entry that is next at this priority, when the tenants `without` do not count."""
         level = self._active.get(priority)
-        return level.head(without) if level is not None else None
+        return level.head(without, rank) if level is not None else None
 
     def pop(self, entry: W) -> W:
-        """Take an entry out that is waiting: its tenant's first, or one that was when `head` or `head_at` returned it."""
+        """Take an entry out that is waiting: one that `head` or `head_at` returned."""
         level = self._active[entry.priority]
         level.turn = level.heap[0][0]
         level.lines[entry.tenant].remove(entry)
@@ -121,40 +124,91 @@ class Level(Generic[W]):
     __slots__ = ("heap", "lines", "served", "turn")
 
     def __init__(self) -> None:
-        self.lines: dict[str, deque[W]] = {}  # tenant → who came first
+        self.lines: dict[str, Line[W]] = {}  # by tenant
         self.heap: list[tuple[int, str]] = []  # (counter when pushed, tenant) of each line; counters only grow
         self.served: dict[str, int] = {}
         self.turn = 0  # the smallest counter of a line when one was served last; no line has a smaller one
 
     @property
     def waiting(self) -> int:
-        return sum(len(line) for line in self.lines.values())
+        return sum(line.waiting for line in self.lines.values())
 
-    def head(self, without: Collection[str] = ()) -> W | None:
+    def head(self, without: Collection[str] = (), rank: Rank = alike) -> W | None:
         aside: list[tuple[int, str]] = []
         found: W | None = None
         while self.heap and found is None:
             counter, tenant = self.heap[0]
             line = self.lines[tenant]
-            while line and line[0].gone:
-                line.popleft()
-            if not line:
+            if line.empty():
                 del self.lines[tenant]
                 heappop(self.heap)
             elif counter != self.served[tenant]:
                 heapreplace(self.heap, (self.served[tenant], tenant))
-            elif tenant in without:
+            elif tenant in without or (found := line.head(rank)) is None:
                 aside.append(heappop(self.heap))
-            else:
-                found = line[0]
         for entry in aside:
             heappush(self.heap, entry)
         return found
 
     def sweep(self) -> None:
-        lines = {tenant: deque(entry for entry in line if not entry.gone) for tenant, line in self.lines.items()}
-        self.lines = {tenant: line for tenant, line in lines.items() if line}
+        for line in self.lines.values():
+            line.sweep()
+        self.lines = {tenant: line for tenant, line in self.lines.items() if line.queues}
         recent = set(list(self.served)[-REMEMBERED:])
         self.served = {tenant: served for tenant, served in self.served.items() if tenant in self.lines or tenant in recent}
         self.heap = [(self.served[tenant], tenant) for tenant in self.lines]
         heapify(self.heap)
+
+
+class Line(Generic[W]):
+    """One tenant: for each adapter, in the order in which they came, those who wait for it, in the order in which they did."""
+
+    __slots__ = ("queues",)
+
+    def __init__(self) -> None:
+        self.queues: dict[bytes, deque[W]] = {}
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self.queues.values()))
+
+    def push(self, entry: W, *, front: bool) -> None:
+        queue = self._queue(entry.adapter)
+        if queue is None:
+            queue = self.queues[entry.adapter] = deque()
+        if front:
+            queue.appendleft(entry)
+        else:
+            queue.append(entry)
+
+    def empty(self) -> bool:
+        """Whether nobody waits."""
+        return not any(self._queue(adapter) for adapter in list(self.queues))
+
+    def head(self, rank: Rank) -> W | None:
+        """The first of the adapter that was served least; None if nobody can run."""
+        found: W | None = None
+        least = 0
+        for adapter in list(self.queues):
+            queue = self._queue(adapter)
+            if queue and (served := rank(adapter)) is not None and (found is None or served < least):
+                found, least = queue[0], served
+        return found
+
+    def _queue(self, adapter: bytes) -> deque[W] | None:
+        """Who waits for an adapter; whoever is gone is dropped on the way."""
+        queue = self.queues.get(adapter)
+        while queue and queue[0].gone:
+            queue.popleft()
+        if queue is not None and not queue:
+            del self.queues[adapter]
+            return None
+        return queue
+
+    def remove(self, entry: W) -> None:
+        self.queues[entry.adapter].remove(entry)
+
+    def sweep(self) -> None:
+        """Drop whoever is gone."""
+        queues = {adapter: deque(entry for entry in queue if not entry.gone) for adapter, queue in self.queues.items()}
+        self.queues = {adapter: queue for adapter, queue in queues.items() if queue}

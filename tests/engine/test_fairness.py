@@ -194,7 +194,7 @@ def misplaced(scheduler: Scheduler) -> str | None:
     """Which open stream is not in exactly one place, a slot or the queue."""
     running = [stream for stream in scheduler._slots.streams.tolist() if stream is not None]
     lines = [line for level in scheduler._queue._levels.values() for line in level.lines.values()]
-    waiting = [stream for line in lines for stream in line if not stream.gone]
+    waiting = [stream for line in lines for queue in line.queues.values() for stream in queue if not stream.gone]
     places = Counter(map(id, running + waiting))
     for stream in scheduler._streams.values():
         if places[id(stream)] > 1 or (not places[id(stream)] and not stream.in_flight):

@@ -18,6 +18,7 @@ class Entry:
     tenant: str = "a"
     priority: int = 0
     gone: bool = False
+    adapter: bytes = b""
 
 
 class NaiveQueue:
@@ -25,10 +26,13 @@ class NaiveQueue:
         self.lines: dict[tuple[int, str], list[Entry]] = {}
         self.served: dict[tuple[int, str], int] = {}
         self.turn: dict[int, int] = {}
+        self.since: dict[tuple[int, str, bytes], int] = {}  # when the first one came of those that wait for an adapter
 
     def push(self, entry: Entry, front: bool) -> None:
         key = (entry.priority, entry.tenant)
         line = self.lines.setdefault(key, [])
+        if not any(other.adapter == entry.adapter for other in line if not other.gone):
+            self.since[*key, entry.adapter] = entry.name
         if not line or all(other.gone for other in line):
             live = [other for other, entries in self.lines.items() if other[0] == key[0] and not all(one.gone for one in entries)]
             least = min((self.served[other] for other in live), default=0)
@@ -38,12 +42,22 @@ class NaiveQueue:
     def priorities(self) -> set[int]:
         return {priority for (priority, _), line in self.lines.items() if not all(entry.gone for entry in line)}
 
-    def head(self) -> Entry | None:
-        lines = {key: [entry for entry in line if not entry.gone] for key, line in self.lines.items()}
-        waiting = [key for key, line in lines.items() if line]
+    def head(self, priority: int | None = None, ranks: dict[bytes, int | None] | None = None) -> Entry | None:
+        """At one priority, or any; of those whose adapter has a rank, the lowest first; else in the order of arrival, whatever the adapter
+        (alike), by the adapter that has waited longest."""
+        ranks = dict.fromkeys((b"", b"x", b"y"), 0) if ranks is None else ranks
+        able = {
+            key: [entry for entry in line if not entry.gone and ranks[entry.adapter] is not None]
+            for key, line in self.lines.items()
+            if priority in (None, key[0])
+        }
+        waiting = [key for key, line in able.items() if line]
         if not waiting:
             return None
-        return lines[min(waiting, key=lambda key: (-key[0], self.served[key], key[1]))][0]
+        key = min(waiting, key=lambda key: (-key[0], self.served[key], key[1]))
+        line = able[key]
+        best = min({entry.adapter for entry in line}, key=lambda adapter: (ranks[adapter], self.since[*key, adapter]))
+        return next(entry for entry in line if entry.adapter == best)
 
     def pop(self, entry: Entry) -> None:
         self.turn[entry.priority] = self.served[entry.priority, entry.tenant]
@@ -54,10 +68,11 @@ class NaiveQueue:
         self.served[key] = self.served.get(key, self.turn.get(priority, 0)) + tokens
 
 
-TENANT, PRIORITY = st.sampled_from("abc"), st.integers(-1, 1)
+TENANT, PRIORITY, ADAPTER = st.sampled_from("abc"), st.integers(-1, 1), st.sampled_from([b"", b"x", b"y"])
+RANKS = st.fixed_dictionaries({adapter: st.one_of(st.none(), st.integers(0, 3)) for adapter in (b"", b"x", b"y")})
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("push"), PRIORITY, TENANT, st.booleans()),
+        st.tuples(st.just("push"), PRIORITY, TENANT, st.booleans(), ADAPTER),
         st.tuples(st.just("pop")),
         st.tuples(st.just("charge"), PRIORITY, TENANT, st.integers(1, 9)),
         st.tuples(st.just("go"), st.integers(0, 30)),
@@ -67,14 +82,14 @@ STEPS = st.lists(
 
 
 @settings(max_examples=400, deadline=None)
-@given(STEPS, st.booleans())
-def test_the_queue_serves_in_the_order_of_a_naive_queue(steps: list[tuple], sweeping: bool) -> None:
+@given(STEPS, st.booleans(), RANKS)
+def test_the_queue_serves_in_the_order_of_a_naive_queue(steps: list[tuple], sweeping: bool, ranks: dict[bytes, int | None]) -> None:
     queue: FairQueue[Entry] = FairQueue()
     naive, entries = NaiveQueue(), []
     for kind, *args in steps:
         if kind == "push":
-            priority, tenant, front = args
-            entries.append(Entry(len(entries), tenant, priority))
+            priority, tenant, front, adapter = args
+            entries.append(Entry(len(entries), tenant, priority, adapter=adapter))
             if sweeping and naive.priorities() == set(queue._levels):  # a priority that nobody waits in would lose its counters
                 queue._sweep()
             queue.push(entries[-1], front=front)
@@ -90,6 +105,8 @@ def test_the_queue_serves_in_the_order_of_a_naive_queue(steps: list[tuple], swee
             entries[args[0] % len(entries)].gone = True
         assert queue.head() is naive.head()
         assert queue.priorities() >= naive.priorities()
+        for priority in (-1, 0, 1):
+            assert queue.head_at(priority, rank=ranks.__getitem__) is naive.head(priority, ranks)
     while (head := naive.head()) is not None:
         assert queue.head() is head
         naive.pop(queue.pop(head))
