@@ -22,12 +22,14 @@ Float32 = npt.NDArray[np.float32]
 class Fill:
     """A slot gets a new occupant. `history` is every known token of it (prompt and generated), int32, of which `prompt_tokens` are
     the prompt: the executor rebuilds penalty counts and the bad-words tail from it, and reads from it which prompt token follows a
-    chunk when prompt logprobs are wanted. Sent only where the sampler needs it, else empty."""
+    chunk when prompt logprobs are wanted. Sent only where the sampler needs it, else empty. `pages` hold its adapter; none: the base
+    model."""
 
     slot: int
     prompt_tokens: int
     sampler: Sampler
     history: Int32
+    pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from penstock.engine.attention.inplace import InPlaceAttention, TokenAttention
 from penstock.engine.attention.inplace import suits as inplace_suits
 from penstock.engine.attention.storage import FP8
 from penstock.engine.kernels.cpu import load_kernels
+from penstock.engine.lora.adapters import Adapters
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.model.spec import ModelError
 from penstock.engine.plan import StepPlan
@@ -46,7 +48,8 @@ Rows = npt.NDArray[np.intp]
 class RunnerConfig:
     """Sizes. `columns` is the width of the block table: blocks of the longest sequence. `in_flight` is the most steps that may be launched
     before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton". `kv_dtype` is that of keys and values
-    in the pool, None: the model's. `graphs`: steps of up to so many tokens are CUDA graphs, where there is CUDA; 0: none are."""
+    in the pool, None: the model's. `graphs`: steps of up to so many tokens are CUDA graphs, where there is CUDA; 0: none are.
+    `adapter_pages`: so many pages of `engine.lora.layout` are there for adapters; 0: there are none."""
 
     slots: int
     blocks: int
@@ -56,6 +59,7 @@ class RunnerConfig:
     attention: str = "auto"
     kv_dtype: torch.dtype | None = None
     graphs: int = 8192
+    adapter_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +89,7 @@ class Runner:
         self.pool = KVPool(model.layers, config.blocks, config.block_size, config.kv_dtype or model.dtype, device)
         self.attention = _attention(config, self.pool, model)
         model.attach(self.pool, self.attention)
+        self.adapters = Adapters(model, config.slots, config.adapter_pages) if config.adapter_pages else None
         self.sampler = SlotSampler(config.slots, model.vocab_size, device)
         self.table = np.zeros((config.slots, config.columns), np.int32)
         self.last = torch.zeros(config.slots + 1, dtype=torch.int64, device=device)  # see `engine.graphs` for the one more
@@ -103,12 +108,15 @@ class Runner:
         try:
             for fill in plan.fills:
                 self.sampler.fill(fill)
+                if self.adapters is not None:
+                    self.adapters.fill(fill.slot, fill.pages)
             self.table[plan.table_slots, plan.table_columns] = plan.table_blocks
             columns = self._columns(plan, order, sampling)
             slots, positions = columns["sample_slots"], (plan.starts + plan.counts)[sampling]
             told = self._prompt_targets(plan)
             plain = bool(self.sampler.plain[slots].all())
-            size = None if self.graphs is None or told is not None else self.graphs.find(columns, plain=plain)
+            adapted = self.adapters is not None and self.adapters.wanted
+            size = None if self.graphs is None or told is not None or adapted else self.graphs.find(columns, plain=plain)
             if self.graphs is not None and size is not None:
                 try:
                     replayed = self._replay(self.graphs, size, columns, slots, positions)
@@ -142,6 +150,8 @@ class Runner:
                 "tokens": np.concatenate((np.full(plan.decodes, -1, np.int32), plan.tokens)),
                 "sample_tokens": lasts[plan.samples[order]],
             }
+        if self.adapters is not None:
+            columns |= self.adapters.prepare(rows, columns.get("sample_tokens"))
         return columns | self.attention.prepare(rows, positions, rows.places(positions, self.config.block_size))
 
     def _run(self, columns: Columns, slots: Int32, positions: Int32, told: Told | None) -> tuple[Returned, Int32 | None, Int32 | None]:
@@ -154,7 +164,8 @@ class Runner:
         if self.clock is not None:
             self.clock.begin()
         self.attention.begin(sent)
-        logits = run_model(self.model, self.last, sent, keep=told is not None)
+        with nullcontext() if self.adapters is None else self.adapters.step(sent):
+            logits = run_model(self.model, self.last, sent, keep=told is not None)
         back, logprob_rows = self._sample(logits, sent)
         if told is not None:
             top = self._prompt_logprobs(sent, told)

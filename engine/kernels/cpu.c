@@ -221,3 +221,72 @@ void penstock_attend(
         }
     }
 }
+
+// ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+enum { RANKS = 16, MOST_SLICES = 3 };
+
+typedef struct {  // pages of adapters, page floats apart; used[page * sites + site]: rank rows that are not zero
+    const float *data;
+    int64_t page;
+    const int32_t *used;
+    int64_t sites;
+} pool;
+
+typedef struct {  // where a group of products lies in a page: A [slices * RANKS, size] at a, each slice's B [RANKS, out] at b
+    int64_t a, size, slices, site, b[MOST_SLICES], outs[MOST_SLICES];
+} group;
+
+typedef struct {  // token t has the pages [firsts[t], firsts[t] + counts[t]) of pages
+    const int32_t *firsts, *counts, *pages;
+    int64_t tokens, threads;
+} adapted;
+
+static inline float dot(const float *x, const float *y, int64_t size)
+{
+    lanes sums[2] = {0};
+    int64_t k = 0;
+    for (; k + 2 * LANES <= size; k += 2 * LANES) {
+        sums[0] += *(const loose *)(x + k) * *(const loose *)(y + k);
+        sums[1] += *(const loose *)(x + k + LANES) * *(const loose *)(y + k + LANES);
+    }
+    float sum = total(sums[0] + sums[1]);
+    for (; k < size; k++)
+        sum += x[k] * y[k];
+    return sum;
+}
+
+// y[out] += ranks[n] @ b[n, out]
+static inline void expand(const float *ranks, int n, const float *b, float *y, int64_t out)
+{
+    int64_t j = 0;
+    for (; j + LANES <= out; j += LANES) {
+        lanes sum = *(loose *)(y + j);
+        for (int r = 0; r < n; r++)
+            sum += ranks[r] * *(const loose *)(b + r * out + j);
+        *(loose *)(y + j) = sum;
+    }
+    for (; j < out; j++)
+        for (int r = 0; r < n; r++)
+            y[j] += ranks[r] * b[r * out + j];
+}
+
+// y[tokens, sum(outs)] += (x @ A.T) @ B, A and B those of each token's pages; rows of x and y lie their stride apart, in floats.
+void penstock_adapt(const pool *from, const group *g, const adapted *at, const float *x, int64_t x_stride, float *y, int64_t y_stride)
+{
+#pragma omp parallel for schedule(dynamic) num_threads(at->threads) if (at->tokens > 1)
+    for (int64_t t = 0; t < at->tokens; t++) {
+        const int32_t *pages = at->pages + at->firsts[t];
+        float *to = y + t * y_stride;
+        for (int64_t slice = 0; slice < g->slices; to += g->outs[slice++])
+            for (int32_t i = 0; i < at->counts[t]; i++) {
+                const float *page = from->data + pages[i] * from->page, *a = page + g->a + slice * RANKS * g->size;
+                const int n = from->used[pages[i] * from->sites + g->site + slice];
+                float ranks[RANKS];
+                for (int r = 0; r < n; r++)
+                    ranks[r] = dot(x + t * x_stride, a + r * g->size, g->size);
+                if (n)
+                    expand(ranks, n, page + g->b[slice], to, g->outs[slice]);
+            }
+    }
+}

@@ -27,6 +27,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 COMPILE_S = 120  # longest wait for the compiler: it takes a second
 LANES, PANEL = 16, 64  # as in the source
 MOST_DIM, MOST_GROUP, MOST_BLOCK = 256, 16, 32
+MOST_SLICES = 3
 
 
 class Layer(ctypes.Structure):
@@ -47,18 +48,40 @@ class Step(ctypes.Structure):
     )  # fmt: skip
 
 
+class Pool(ctypes.Structure):
+    """Pages of adapters: see the source, and `engine.lora.layout`."""
+
+    _fields_ = (("data", c_void_p), ("page", c_int64), ("used", c_void_p), ("sites", c_int64))
+
+
+class Group(ctypes.Structure):
+    """Where a group of products lies in a page: see the source."""
+
+    _fields_ = (
+        ("a", c_int64), ("size", c_int64), ("slices", c_int64), ("site", c_int64), ("b", c_int64 * MOST_SLICES),
+        ("outs", c_int64 * MOST_SLICES),
+    )  # fmt: skip
+
+
+class AdaptedStep(ctypes.Structure):
+    """The pages of each token of a step: see the source."""
+
+    _fields_ = (("firsts", c_void_p), ("counts", c_void_p), ("pages", c_void_p), ("tokens", c_int64), ("threads", c_int64))
+
+
 class Kernels:
     """The compiled functions. Addresses and sizes are trusted."""
 
-    __slots__ = ("_attend", "_multiply")
+    __slots__ = ("_adapt", "_attend", "_multiply")
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._multiply, self._attend = library.penstock_multiply, library.penstock_attend
+        self._multiply, self._attend, self._adapt = library.penstock_multiply, library.penstock_attend, library.penstock_adapt
         self._multiply.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
         self._attend.argtypes = [
             POINTER(Layer), POINTER(Step), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
         ]  # fmt: skip
-        self._multiply.restype = self._attend.restype = None
+        self._adapt.argtypes = [POINTER(Pool), POINTER(Group), POINTER(AdaptedStep), c_void_p, c_int64, c_void_p, c_int64]
+        self._multiply.restype = self._attend.restype = self._adapt.restype = None
 
     def multiply(self, x: Tensor, panels: int, depth: int, bias: int | None, out_features: int) -> Tensor:
         """x `[rows, in]` float32, rows without gaps inside, times a weight in panels at the address `panels`: `[rows, out_features]`."""
@@ -76,6 +99,10 @@ class Kernels:
             None if sinks is None else sinks.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def adapt(self, pool: Pool, group: Group, step: AdaptedStep, x: Tensor, y: Tensor) -> None:
+        """Add to y `[tokens, sum(outs)]` what each token's adapter makes of x `[tokens, in]`; both float32, rows without gaps inside."""
+        self._adapt(pool, group, step, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0))
 
 
 @cache

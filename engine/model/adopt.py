@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape
-from penstock.engine.model.linear import Linear
+from penstock.engine.lora.base import AdapterBackend, adapt
+from penstock.engine.lora.layout import PageLayout, Site
+from penstock.engine.model.linear import Linear, LinearMethod
 from penstock.engine.model.spec import ModelError
 
 if TYPE_CHECKING:
@@ -63,8 +65,10 @@ class AdoptedModel:
             raise ModelError("invalid_option", f"{text}, or use a family that decoder=native knows")
         _register()
         self.sites, self.layers, before = _probe(module)
-        _replace_linears(module, deterministic=deterministic)
-        _, _, after = _probe(module)
+        linears = _replace_linears(module, deterministic=deterministic)
+        with _counting(linears):
+            _, _, after = _probe(module)
+        self.products = tuple(linear for linear in linears if linear.group)
         if not torch.allclose(before, after, rtol=0.0, atol=_tolerance(before)):
             raise _refusal(module, "its logits changed when its linear layers were replaced, so it uses them in some other way")
         if deterministic:
@@ -75,6 +79,9 @@ class AdoptedModel:
     def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
         for site, shape, (keys, values) in zip(self.sites, self.layers, pool.layers, strict=True):
             site.paged = LayerAttention(shape, keys, values, backend)  # type: ignore[assignment]
+
+    def adapt(self, layout: PageLayout, backend: AdapterBackend | None) -> None:
+        adapt(self.products, layout, backend)
 
     def detach(self) -> None:
         for site in self.sites:
@@ -250,18 +257,52 @@ def _is_window(sees: Callable[..., Any], window: int | None) -> bool:
     return True
 
 
-def _replace_linears(module: nn.Module, *, deterministic: bool) -> None:
-    """Every `nn.Linear`, and GPT-2's `Conv1D`, whose weight lies the other way round, becomes a `Linear`. A weight that is also an
-    embedding lives on there."""
+def _replace_linears(module: PreTrainedModel, *, deterministic: bool) -> list[Linear]:
+    """Every `nn.Linear`, and GPT-2's `Conv1D`, whose weight lies the other way round, becomes a `Linear`; returns them. A weight that is
+    also an embedding lives on there. All but the head are sites for adapters, as far as is known yet."""
     from transformers.pytorch_utils import Conv1D
 
-    for parent in list(module.modules()):
+    head, linears = module.get_output_embeddings(), []
+    for path, parent in list(module.named_modules()):
         for name, child in list(parent.named_children()):
             part: Any = child
             if type(child) is nn.Linear:
-                setattr(parent, name, Linear(part.weight, part.bias, deterministic=deterministic))
+                weight = part.weight
             elif type(child) is Conv1D:
-                setattr(parent, name, Linear(part.weight.t().contiguous(), part.bias, deterministic=deterministic))
+                weight = part.weight.t().contiguous()
+            else:
+                continue
+            outer, inner = weight.shape
+            group = (Site(f"{path}.{name}".removeprefix("."), inner, outer),) if child is not head else ()
+            linear = Linear(weight, part.bias, deterministic=deterministic, group=group)
+            setattr(parent, name, linear)
+            linears.append(linear)
+    return linears
+
+
+class Counted:
+    """A product's method during the probe: counts the tokens of each call."""
+
+    def __init__(self, method: LinearMethod) -> None:
+        self.method = method
+        self.tokens: list[int] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.tokens.append(x.shape[:-1].numel())
+        return self.method(x)
+
+
+@contextmanager
+def _counting(linears: list[Linear]) -> Iterator[None]:
+    """A probe in here shows which products every token goes through, once; the others are no sites for adapters."""
+    counted = [Counted(linear.method) for linear in linears]
+    for linear, method in zip(linears, counted, strict=True):
+        linear.method = method
+    yield
+    for linear, method in zip(linears, counted, strict=True):
+        linear.method = method.method
+        if method.tokens != [PROBE_TOKENS]:
+            linear.group = ()
 
 
 def _tolerance(logits: Tensor) -> float:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerShape
+from penstock.engine.lora.base import AdapterBackend
+from penstock.engine.lora.layout import PageLayout
+from penstock.engine.model.linear import Linear
 
 
 class Model(Protocol):
@@ -19,9 +22,14 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
     deterministic: bool  # whether a token's bits do not depend on what else is in the step, given attention of which that is true
+    products: tuple[Linear, ...]  # those that every token of a step goes through, in its order, or every token that goes on
 
     def attach(self, pool: KVPool, backend: AttentionBackend) -> None:
         """Give each attention layer its part of the pool, and all of them the backend that holds the step."""
+        ...
+
+    def adapt(self, layout: PageLayout, backend: AdapterBackend | None) -> None:
+        """Have adapters change `products`, which `layout` was made of; None: have none."""
         ...
 
     def detach(self) -> None:

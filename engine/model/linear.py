@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.engine.kernels.cpu import PANEL, load_kernels
+from penstock.engine.lora.base import Adapted
+from penstock.engine.lora.layout import Group
 from penstock.engine.model.invariant import Panels, invariant_method
 
 PACK_FOR = 64  # rows that oneDNN chooses its blocking for: measured best, or near it, at every batch from 1 to 512
@@ -102,10 +104,13 @@ class Linear(nn.Module):
     `weight` is `[out, in]`, `bias` `[out]` or None. Where the weight was packed, `weight` becomes a stand-in of the same shape, dtype and
     device that takes no memory and is NaN all over: family code may look at it, and whatever would compute with it fails loudly.
     `deterministic`: the bits of a row of the product do not depend on the others; raises `ModelError` where there is no such way.
+    `group`: what adapters may change of it, one site for each part of its outputs; `adapted` is then what changes it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, deterministic: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, deterministic: bool = False, group: Group = ()) -> None:
         super().__init__()
+        self.group = group
+        self.adapted: Adapted | None = None
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         self.out_features, self.in_features = weight.shape
         self.method: LinearMethod
@@ -118,6 +123,9 @@ class Linear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:  # straight to the method: a step of one token spends a fifth of its time on calls
-        return self.method(x)
+        y = self.method(x)
+        if (adapted := self.adapted) is not None and adapted.backend.active:
+            adapted(x, y)
+        return y
 
     forward = __call__

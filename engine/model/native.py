@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape, can_fuse
+from penstock.engine.lora.base import AdapterBackend, adapt
+from penstock.engine.lora.layout import PageLayout, Site
 from penstock.engine.model.decoder import Decoder
 from penstock.engine.model.experts import Experts, Mixture
 from penstock.engine.model.glue import FusedGlue, Glue, PlainGlue
@@ -31,6 +33,7 @@ class Layer:
     ) -> None:  # fmt: skip
         self.rotary = rotary
         self.paged: LayerAttention | None = None
+        self.adapters: AdapterBackend | None = None
 
         def norm(part: str) -> Norm | None:
             return _norm(weights, f"{name}.{part}", decoder) if f"{name}.{part}.weight" in weights else None
@@ -61,6 +64,8 @@ class Layer:
         y = glue.attend(paged, self.qkv(y), self.norm_heads, self.rotary)
         if rows is not None:
             h, y = h.index_select(0, rows), y.index_select(0, rows)
+            if self.adapters is not None:
+                self.adapters.narrow()
         h, y = glue.join(h, self.out(y), self.after_attention, self.before_mlp)
         return h, self.mlp(y, glue)
 
@@ -118,7 +123,9 @@ class NativeModel:
         scale = decoder.embedding_scale
         self.scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=self.device)
         self.suits_few = False
-        self.widest = max(product.in_features for block in self.blocks for product in block.products)
+        self.products = tuple(product for block in self.blocks for product in block.products)
+        self.widest = max(product.in_features for product in self.products)
+        self.adapters: AdapterBackend | None = None
         self.kept: Tensor | None = None
         self.glue: Glue = self._plain_glue()
 
@@ -135,6 +142,12 @@ class NativeModel:
         glue = self.glue
         self.suits_few = isinstance(glue, FusedGlue) and all(block.suits_few(glue) for block in self.blocks)
 
+    def adapt(self, layout: PageLayout, backend: AdapterBackend | None) -> None:
+        self.adapters = backend
+        adapt(self.products, layout, backend)
+        for block in self.blocks:
+            block.adapters = backend
+
     def detach(self) -> None:
         self.glue = self._plain_glue()
         for block in self.blocks:
@@ -146,7 +159,8 @@ class NativeModel:
             h = h * self.scale
         glue, last = self.glue, self.blocks[-1]
         glue.begin(positions)
-        if isinstance(glue, FusedGlue) and self.suits_few and glue.is_few(len(h), self.widest):
+        adapted = self.adapters is not None and self.adapters.active
+        if isinstance(glue, FusedGlue) and self.suits_few and not adapted and glue.is_few(len(h), self.widest):
             return self._forward_few(h, glue, rows, keep)
         x: Tensor | None = None
         after: Norm | None = None
@@ -192,7 +206,8 @@ def _fused(weights: Weights, name: str, *choices: tuple[str, ...], deterministic
     has_bias = any(f"{name}.{part}.bias" in weights for part in names)
     biases = [weights.pop(f"{name}.{part}.bias") for part in names] if has_bias else []
     weight, bias = torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(biases) if biases else None
-    return Linear(weight, bias, deterministic=deterministic)
+    group = tuple(Site(f"{name}.{part}", weight.shape[1], len(rows)) for part, rows in zip(names, parts, strict=True))
+    return Linear(weight, bias, deterministic=deterministic, group=group)
 
 
 def _experts(weights: Weights, name: str, mixture: Mixture) -> Experts:

@@ -1,0 +1,64 @@
+"""The adapters of a runner: their pages on the device, which of them each slot has, and the backend that adds them to products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from penstock.engine.attention.base import Columns, Int32, StepRows
+from penstock.engine.kernels.cpu import load_kernels
+from penstock.engine.lora.base import AdaptedRows, AdapterBackend, Pages
+from penstock.engine.lora.layout import PagePool, layout_of
+from penstock.engine.lora.segments import SegmentAdapters
+from penstock.engine.lora.tokens import TokenAdapters
+
+if TYPE_CHECKING:
+    from penstock.engine.model.base import Model
+
+
+class Adapters:
+    """`pages` pages for a model with `slots` streams."""
+
+    def __init__(self, model: Model, slots: int, pages: int) -> None:
+        layout = layout_of(product.group for product in model.products)
+        self.pool = PagePool(layout, pages, model.dtype, model.device)
+        self.backend = choose_backend(self.pool)
+        self._of_slot: list[Pages] = [()] * slots
+        self.wanted = False
+        model.adapt(layout, self.backend)
+
+    def write(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:
+        """Put an adapter (`PageLayout.lay_out`) into pages that no slot has."""
+        self.pool.write(pages, data, used)
+
+    def fill(self, slot: int, pages: Pages) -> None:
+        """A slot gets a new occupant, with this adapter."""
+        self._of_slot[slot] = pages
+
+    def prepare(self, rows: StepRows, samples: Int32 | None) -> Columns:
+        """The columns that the next step needs for its adapters, and whether they are `wanted` at all. `samples` are the tokens that go on
+        after the last layer's attention, None: all of them."""
+        mine = [self._of_slot[slot] for slot in rows.slots.tolist()]
+        self.wanted = any(mine)
+        return self.backend.prepare(AdaptedRows(mine, rows.firsts, samples)) if self.wanted else {}
+
+    @contextmanager
+    def step(self, columns: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model runs the step that was prepared last; its columns have arrived."""
+        if self.wanted:
+            self.backend.begin(columns)
+        try:
+            yield
+        finally:
+            self.backend.end()
+
+
+def choose_backend(pool: PagePool) -> AdapterBackend:
+    """Our own kernel on a CPU in float32, if it can be compiled; else torch."""
+    if pool.data.device.type == "cpu" and pool.data.dtype == torch.float32 and (kernels := load_kernels()) is not None:
+        return TokenAdapters(pool, kernels)
+    return SegmentAdapters(pool)

@@ -1,0 +1,133 @@
+"""Where the weights of LoRA adapters lie: in pages of `RANKS` ranks each, for all products of the model at once.
+
+An adapter changes a product `y = x @ weight.T` to `y + (x @ A.T) @ B`, A `[rank, in]`, B `[rank, out]` with the scale in it. A page holds
+`RANKS` rows of A and of B of every product; an adapter of a higher rank has several pages, and what it does is the sum of what each of
+them does. So adapters of any ranks lie beside each other without a largest rank, a load is a copy of whole pages, and products that
+share their input (queries, keys and values) are one *group* whose rows of A lie one after another:
+
+    page   A of group 0 [slices * RANKS, in] · B of its first slice [RANKS, out] · B of its second · … · A of group 1 · …
+
+The same rank rows in pages are S-LoRA's unified paging (Sheng et al., MLSys 2024), with one page for all layers instead of one a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+RANKS = 16  # rank rows in a page: what a tensor core's tile has
+ALIGNMENT = 64  # elements that each matrix begins at a multiple of
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A product of the model that adapters may change: the module `name` of transformers' `ForCausalLM`, such as
+    `model.layers.0.self_attn.q_proj`: `y = x @ weight.T`, weight `[out_features, in_features]`."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+Group = tuple[Site, ...]  # products of one input, in the order in which their outputs lie
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a group lies in a page, in elements: `a` is the first of A, `b` those of each slice's B. `site` is the number of its first
+    site among all."""
+
+    group: Group
+    site: int
+    a: int
+    b: tuple[int, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.group[0].in_features
+
+    @property
+    def outs(self) -> tuple[int, ...]:
+        return tuple(site.out_features for site in self.group)
+
+
+class PageLayout:
+    """The layout of a model's pages, of `elements` elements each. `digest` is equal where layouts are."""
+
+    __slots__ = ("digest", "elements", "places", "sites")
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.sites = tuple(site for group in groups for site in group)
+        places, end = [], 0
+
+        def take(elements: int) -> int:
+            nonlocal end
+            first = end
+            end += -(-elements // ALIGNMENT) * ALIGNMENT
+            return first
+
+        site = 0
+        for group in groups:
+            a = take(len(group) * RANKS * group[0].in_features)
+            places.append(Place(group, site, a, tuple(take(RANKS * part.out_features) for part in group)))
+            site += len(group)
+        self.places, self.elements = tuple(places), end
+        self.digest = blake2b(repr((RANKS, ALIGNMENT, groups)).encode(), digest_size=16).hexdigest()
+
+    def lay_out(self, weights: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """An adapter's pages `[pages, elements]`, and how many rank rows each site has in each, int32 `[pages, sites]`.
+
+        `weights`: A `[rank, in]` and B `[out, rank]` with the scale in it, by the names of sites, each with a rank of its own.
+        """
+        pages = max((-(-len(a) // RANKS) for a, _ in weights.values()), default=0)
+        data = torch.zeros((pages, self.elements), dtype=dtype)
+        used = torch.zeros((pages, len(self.sites)), dtype=torch.int32)
+        for place in self.places:
+            for number, site in enumerate(place.group):
+                if site.name not in weights:
+                    continue
+                a, b = weights[site.name]
+                for page, first in enumerate(range(0, len(a), RANKS)):
+                    rows, columns = a[first : first + RANKS], b.t()[first : first + RANKS]
+                    used[page, place.site + number] = len(rows)
+                    a_at, b_at = place.a + number * RANKS * site.in_features, place.b[number]
+                    data[page, a_at : a_at + rows.numel()] = rows.reshape(-1).to(dtype)
+                    data[page, b_at : b_at + columns.numel()] = columns.reshape(-1).to(dtype)
+        return data, used
+
+
+def layout_of(groups: Iterable[Group]) -> PageLayout:
+    """The layout of products, of which some have no sites."""
+    return PageLayout([group for group in groups if group])
+
+
+class PagePool:
+    """Pages of adapters on the device: `data` `[pages, elements]`, `used` int32 `[pages, sites]` beside it and on the host."""
+
+    def __init__(self, layout: PageLayout, pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
+        self.data = torch.zeros((pages, layout.elements), dtype=dtype, device=device)
+        self.used = torch.zeros((pages, len(layout.sites)), dtype=torch.int32, device=device)
+
+    def write(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:
+        """Put an adapter into these pages; nobody may be using them."""
+        for page, content, rows in zip(pages, data, used, strict=True):
+            self.data[page].copy_(content)
+            self.used[page].copy_(rows)
+
+    def matrices(self, place: Place, page: int) -> list[tuple[Tensor, Tensor]]:
+        """A `[RANKS, in]` and B `[RANKS, out]` of each slice of a group, in one page; views."""
+        row, found = self.data[page], []
+        for number, site in enumerate(place.group):
+            a, b = place.a + number * RANKS * site.in_features, place.b[number]
+            found.append(
+                (
+                    row[a : a + RANKS * site.in_features].view(RANKS, -1),
+                    row[b : b + RANKS * site.out_features].view(RANKS, -1),
+                )
+            )
+        return found
