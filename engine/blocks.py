@@ -20,9 +20,10 @@ from hashlib import blake2b
 DIGEST = 32  # bytes: two that collide cost 2 ** 128 tries
 
 
-def root_digest(salt: bytes) -> bytes:
-    """The parent of a first block. `salt` separates whoever must not share: tenants, adapters."""
-    return blake2b(salt, digest_size=DIGEST, person=b"penstock-root").digest()
+def root_digest(salt: bytes, adapter: bytes = b"") -> bytes:
+    """The parent of a first block. `salt` separates tenants that must not share; `adapter`, the digest of one (at most 64 bytes), those
+    whose keys and values differ."""
+    return blake2b(salt, digest_size=DIGEST, key=adapter, person=b"penstock-root").digest()
 
 
 def chain_digest(parent: bytes, tokens: bytes) -> bytes:

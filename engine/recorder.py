@@ -15,7 +15,7 @@ from typing import Any
 
 from penstock.engine.commit import Commit
 from penstock.engine.plan import StepPlan, StepResult
-from penstock.engine.request import Request, Sampler
+from penstock.engine.request import Adapter, Request, Sampler
 from penstock.engine.scheduler import Scheduler, SchedulerConfig
 from penstock.engine.snapshot import Snapshot, take
 
@@ -81,6 +81,27 @@ class RecordedScheduler(Scheduler):
     def abort(self, handle: int, now: float, reason: str = "cancelled") -> None:
         call = self._called("abort", now, (handle, reason))
         super().abort(handle, now, reason)
+        call.done = True
+
+    def loaded(self, number: int, now: float) -> None:
+        call = self._called("loaded", now, number)
+        super().loaded(number, now)
+        call.done = True
+
+    def lost(self, number: int, now: float) -> None:
+        call = self._called("lost", now, number)
+        super().lost(number, now)
+        call.done = True
+
+    def pin(self, adapter: Adapter, now: float) -> bool:
+        call = self._called("pin", now, adapter)
+        pinned = super().pin(adapter, now)
+        call.done = True
+        return pinned
+
+    def unpin(self, digest: bytes) -> None:
+        call = self._called("unpin", 0.0, digest)
+        super().unpin(digest)
         call.done = True
 
     def expire(self, now: float) -> None:

@@ -26,16 +26,17 @@ import msgpack
 import numpy as np
 
 from penstock.engine.draft import Launched
+from penstock.engine.lora.residency import Load
 from penstock.engine.plan import Fill, Int32, StepPlan, StepResult
 from penstock.engine.recorder import Call, RecordedScheduler
-from penstock.engine.request import Request, Sampler
+from penstock.engine.request import Adapter, Request, Sampler
 from penstock.engine.scheduler import Scheduler, SchedulerConfig
 from penstock.engine.slots import Slots, token_room
 from penstock.engine.snapshot import PARTS, Snapshot, attributes
 from penstock.engine.stream import Stream
 
 MAGIC = "penstock recording"
-VERSION = 1
+VERSION = 2
 STOP = 1  # stands for every stop id; all other ids are 0
 # A recording of a few bytes must not ask for more memory than there is.
 MOST_CELLS = 2**28  # of all arrays together
@@ -43,7 +44,8 @@ MOST_ROOM = 2**30  # tokens of running streams: of these, only what is used is e
 MOST_STOPS = 256  # stop ids of a request: each slot has room for as many as the longest list
 COLUMNS = tuple(spec.name for spec in fields(StepPlan))
 
-_CLASSES: dict[str, type[Any]] = {kind.__name__: kind for kind in (*PARTS, Launched, Request, Sampler, SchedulerConfig, StepPlan, Stream)}
+_VALUES = (Adapter, Launched, Load, Request, Sampler, SchedulerConfig, StepPlan, Stream)
+_CLASSES: dict[str, type[Any]] = {kind.__name__: kind for kind in (*PARTS, *_VALUES)}
 _LISTS: dict[str, Any] = {"list": list, "tuple": tuple, "deque": deque}
 _MAPS: dict[str, Any] = {"dict": dict, "ordered": OrderedDict}
 _TAGS = {kind: tag for tag, kind in (_LISTS | _MAPS).items()}
@@ -80,7 +82,8 @@ def _column(name: str, value: Any, text: bool) -> Any:
 
 def _fill(fill: Fill, text: bool) -> list[Any]:
     # Numbers, whatever a broken recording made of them: anything else could not be compared.
-    return [*map(int, (fill.slot, fill.prompt_tokens, fill.sampler.seed, fill.sampler.prompt_logprobs)), _ids(fill.history, text)]
+    numbers = (fill.slot, fill.prompt_tokens, fill.sampler.seed, fill.sampler.prompt_logprobs, *fill.pages)
+    return [*map(int, numbers), _ids(fill.history, text)]
 
 
 def _ids(ids: Int32, text: bool) -> bytes | int:
@@ -114,6 +117,8 @@ class _Writer:
         match call.kind:
             case "submit":
                 value, answer = self.plain(value), self.plain(call.answer)
+            case "pin" | "unpin":
+                value = self.plain(value)
             case "plan" if call.answer is not None:
                 answer = columns(call.answer, text=self.text)
             case "commit":
@@ -125,8 +130,8 @@ class _Writer:
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
             return value
-        if kind is bytes:  # a digest or a salt
-            return value if self.text else blake2b(value, key=self._key, digest_size=16).digest()
+        if kind is bytes:  # a digest or a salt; none is no secret
+            return value if self.text or not value else blake2b(value, key=self._key, digest_size=16).digest()
         if kind is np.ndarray and value.dtype == object:
             return ["objects", [self.plain(entry) for entry in value.tolist()]]
         if kind is np.ndarray and value.dtype.str in _DTYPES:
@@ -241,6 +246,14 @@ class _Reader:
                 answer = dict(zip(COLUMNS, answer, strict=True))
             case "abort":
                 value = int(value[0]), str(value[1])
+            case "loaded" | "lost":
+                value = int(value)
+            case "pin":
+                value = self.value(value)
+                if type(value) is not Adapter:
+                    raise RecordingError("what was pinned is not an adapter")
+            case "unpin":
+                value = bytes(value)
             case "plan" | "expire":
                 pass
             case _:

@@ -51,6 +51,14 @@ def _make(scheduler: Scheduler, call: Call, *, text: bool) -> dict[str, Any] | N
             scheduler.abort(call.value[0], call.now, call.value[1])
         case "expire":
             scheduler.expire(call.now)
+        case "loaded":
+            scheduler.loaded(call.value, call.now)
+        case "lost":
+            scheduler.lost(call.value, call.now)
+        case "pin":
+            scheduler.pin(call.value, call.now)
+        case "unpin":
+            scheduler.unpin(call.value)
         case "commit":
             scheduler.commit(call.value, call.now)
         case "plan":

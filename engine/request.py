@@ -40,6 +40,15 @@ class Sampler:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What changes a model's products for a request. `digest` is that of its content: equal ones give equal tokens. It takes `pages` pages
+    of `engine.lora.layout`."""
+
+    digest: bytes
+    pages: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
     """One stream to generate. Equal values give equal continuations, on any actor, at any time.
@@ -56,6 +65,7 @@ class Request:
     sampler: Sampler
     priority: int = 0  # higher runs first
     tenant: str = ""
-    salt: bytes = b""  # requests share cached prefixes only under the same salt
+    salt: bytes = b""  # requests share cached prefixes only under the same salt, and with the same adapter
+    adapter: Adapter | None = None
     deadline: float | None = None
     queue_timeout: float | None = None  # seconds on the monotonic clock by which it must have started

@@ -24,10 +24,11 @@ from penstock.engine.blocks import BlockPool
 from penstock.engine.commit import Commit, Counters, Ended, PromptLogprobs
 from penstock.engine.deadlines import Deadlines
 from penstock.engine.draft import Draft, Launched
+from penstock.engine.lora.residency import Load, Residency
 from penstock.engine.plan import Int32, StepPlan, StepResult
 from penstock.engine.prefix import Prefixes
 from penstock.engine.queue import FairQueue
-from penstock.engine.request import Request
+from penstock.engine.request import Adapter, Request
 from penstock.engine.slots import Int64, Slots
 from penstock.engine.stream import NO_TOKENS, NOWHERE, Stream, known_tokens
 from penstock.engine.turns import Allowance, Turns, who_yields
@@ -46,6 +47,7 @@ class SchedulerConfig:
     max_model_len: int = 4096
     prefix_cache: bool = True
     quantum: int = 16  # tokens of a step that a tenant gets at least, however little others ask for; 0: it holds nobody back
+    adapter_pages: int = 0
 
 
 class Scheduler:
@@ -59,6 +61,7 @@ class Scheduler:
         self._prefixes = Prefixes(self.pool, self._slots, enabled=config.prefix_cache)
         self._queue: FairQueue[Stream] = FairQueue()
         self._turns = Turns(config.quantum, config.token_budget)
+        self._residency = Residency(config.adapter_pages, config.slots)
         self._streams: dict[int, Stream] = {}
         self._deadlines = Deadlines()
         self._launched: deque[Launched] = deque()
@@ -92,6 +95,15 @@ class Scheduler:
         """Whether a prompt of this length, and one token after it, can ever run."""
         return prompt_tokens < self.config.max_model_len and prompt_tokens <= self.config.blocks * self.config.block_size
 
+    def fits_adapter(self, adapter: Adapter | None) -> bool:
+        """Whether there is room for an adapter, beside those that are pinned."""
+        return self._residency.fits(adapter)
+
+    def take_loads(self) -> list[Load]:
+        """Adapters that must be put into their pages; `loaded` or `lost` answers each. The plans launched before may still read what was
+        there."""
+        return self._residency.take_loads()
+
     def take_ended(self) -> list[Ended]:
         """Streams that ended since the last `commit` or call of this."""
         ended, self._ended = self._ended, []
@@ -105,6 +117,8 @@ class Scheduler:
         known = len(request.prompt) + len(request.generated)
         if not len(request.prompt) or not self.fits(known) or len(request.generated) >= request.limit:
             raise ValueError(f"a request of {known} known tokens with limit {request.limit} cannot run here")
+        if not self.fits_adapter(request.adapter):
+            raise ValueError(f"{request.adapter} does not fit into what is left of {self.config.adapter_pages} pages")
         before = self._streams.get(request.handle)
         if before is not None:
             if before.attempt >= request.attempt:
@@ -114,6 +128,7 @@ class Scheduler:
         stream = Stream(replace(request, limit=min(request.limit, most)), self._submitted, now, known_tokens(request))
         self._submitted += 1
         self._streams[request.handle] = stream
+        self._residency.open(request.adapter, now)
         self._queue.push(stream, floor=self._least_served(stream.priority))
         self._deadlines.watch(stream)
 
@@ -127,6 +142,23 @@ class Scheduler:
         stream = self._streams.get(handle)
         if stream is not None:
             self._end(stream, reason, now)
+
+    def loaded(self, number: int, now: float) -> None:
+        """A load is done."""
+        self._residency.loaded(number, now)
+
+    def lost(self, number: int, now: float) -> None:
+        """A load has failed: the streams that waited for it end."""
+        digest = self._residency.lost(number, now)
+        for stream in [stream for stream in self._streams.values() if digest is not None and stream.adapter == digest]:
+            self._end(stream, "adapter_lost", now)
+
+    def pin(self, adapter: Adapter, now: float) -> bool:
+        """Keep an adapter here, wanted or not. False if there is no room for it beside what is wanted and pinned."""
+        return self._residency.pin(adapter, now)
+
+    def unpin(self, digest: bytes) -> None:
+        self._residency.unpin(digest)
 
     def attempt(self, handle: int) -> int | None:
         """Of an open stream: which of its hand-overs it is from."""
@@ -146,6 +178,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can run before another result or request arrives."""
         self._expire(now)
+        self._turn_adapters(now)
         draft = Draft(self.config.token_budget)
         for priority in sorted(self._slots.shares.priorities() | self._queue.priorities(), reverse=True):
             running = self._slots.shares.numbers(priority)
@@ -167,9 +200,21 @@ class Scheduler:
         self.counters.count(plan)
         return plan
 
+    def _turn_adapters(self, now: float) -> None:
+        """Streams yield whose adapter has to make room for another one."""
+        yielding = self._residency.yielding(now)
+        if yielding:
+            for stream in [stream for stream in self._slots.occupants() if stream.adapter in yielding]:
+                self._preempt(stream)
+        self._residency.plan(now)
+
+    def _next(self, priority: int, without: Collection[str] = ()) -> Stream | None:
+        """Who is next in the queue, of those whose adapter is here."""
+        return self._queue.head_at(priority, without, self._residency.rank)
+
     def _comer(self, priority: int, first: Stream | None, running: Collection[str]) -> str | None:
         """The tenant of the next stream that can be let in, if it has none running."""
-        stream = first or self._queue.head_at(priority, running)
+        stream = first or self._next(priority, running)
         if stream is None or not self._slots.free or self._blocks_for(stream) > self.pool.available:
             return None
         return stream.tenant
@@ -184,7 +229,7 @@ class Scheduler:
         held = {tenant: sum(len(stream.blocks) for stream in streams) for tenant, streams in holdings.items()}
         richest = max(holdings, key=lambda tenant: (held[tenant] if slots.free else len(holdings[tenant]), tenant))
         busy = {stream.tenant for stream in slots.prefilling if stream.priority == priority}  # these have no use for another slot yet
-        stream = self._queue.head_at(priority, {*busy, richest})
+        stream = self._next(priority, {*busy, richest})
         if stream is None:
             return None
         served = self._queue.served(priority, stream.tenant) - self._queue.served(priority, richest)
@@ -192,7 +237,7 @@ class Scheduler:
             return None  # it has less because its streams cost more
         need = self._blocks_for(stream)
         if slots.free and need <= pool.available:
-            head = self._queue.head_at(priority)
+            head = self._next(priority)
             return stream if head is not None and self._blocks_for(head) > pool.available else None
         need -= sum(not pool.is_cached(block) for block in self._prefixes.match(stream))
         yielding = who_yields(holdings.get(stream.tenant, []), holdings[richest], not slots.free, need, pool.available)
@@ -256,13 +301,14 @@ class Scheduler:
         if len(tokens):
             draft.chunk(stream.slot, tokens)
             self._queue.charge(stream.priority, stream.tenant, len(tokens))
+            self._residency.charge(int(self._slots.adapter[stream.slot]), len(tokens))
             # From here on others may share what this step computes: in each layer all keys are written before any is read.
             self._prefixes.offer(stream, start + len(tokens))
 
     def _admit(self, priority: int, draft: Draft, allowance: Allowance | None, first: Stream | None, now: float) -> None:
         """Fill slots from the queue, `first` and then in its order, while tokens, slots and blocks last."""
         while draft.budget > 0:
-            stream, first = first or self._queue.head_at(priority, allowance.spent() if allowance is not None else ()), None
+            stream, first = first or self._next(priority, allowance.spent() if allowance is not None else ()), None
             hits = None if stream is None else self._make_room(stream)
             if stream is None or hits is None:
                 return
@@ -295,12 +341,13 @@ class Scheduler:
         for block in hits:
             self.pool.hold(block)
         stream.blocks = hits + self.pool.allocate(-(-known // size) - len(hits))
-        self._slots.fill(stream, len(hits))
+        adapter, pages = self._residency.enter(stream.request.adapter)
+        self._slots.fill(stream, len(hits), adapter)
         self.counters.prefix_hit_tokens += len(hits) * size
         self.counters.prefix_query_tokens += known
         if stream.started is None:
             stream.started, stream.cached_tokens = now, len(hits) * size
-        draft.fill(stream.filling(), stream.blocks)
+        draft.fill(stream.filling(pages), stream.blocks)
 
     # ── results ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -324,6 +371,8 @@ class Scheduler:
         for share, tokens in enumerate(np.bincount(running.share[slots]).tolist()):
             if tokens:
                 queue.charge(*running.shares[share], tokens)
+        for adapter, tokens in enumerate(np.bincount(running.adapter[slots]).tolist()):
+            self._residency.charge(adapter, tokens)
         for stream in running.at(slots[known == running.first[slots]]):
             self._begin(stream, now)
         self._prefixes.offer_generated(slots)
@@ -377,6 +426,7 @@ class Scheduler:
     def _leave(self, stream: Stream) -> None:
         self._prefixes.offer_known(stream)
         self._slots.leave(stream)
+        self._residency.leave(stream.request.adapter)
         self.pool.release(stream.blocks)
         stream.blocks = []
 
@@ -384,6 +434,7 @@ class Scheduler:
         stream.gone, stream.prompt_parts = True, []  # a recorder remembers the stream, and need not what nobody gets
         if stream.slot != NOWHERE:
             self._leave(stream)
+        self._residency.close(stream.request.adapter)
         del self._streams[stream.handle]
 
     def _end(self, stream: Stream, reason: str, now: float) -> None:

@@ -53,6 +53,7 @@ class Slots:
         self.priority = np.full(slots, NO_PRIORITY, np.int64)
         self.number = np.zeros(slots, np.int64)
         self.share = np.zeros(slots, np.int64)
+        self.adapter = np.zeros(slots, np.int64)  # its number among those that run
         self.ran = np.zeros(slots, np.int64)  # the step that it was in last
         self.stops = np.full((slots, 4), -1, np.int32)
         self.tokens = token_room(slots, max_model_len)
@@ -68,6 +69,10 @@ class Slots:
         """The streams in these slots."""
         streams: list[Stream] = self.streams[slots].tolist()
         return streams
+
+    def occupants(self) -> list[Stream]:
+        """Every stream that has a slot."""
+        return self.at(np.flatnonzero(self.stays != NOWHERE))
 
     def below(self, priority: int) -> list[Stream]:
         """Every stream of a lower priority."""
@@ -107,8 +112,9 @@ class Slots:
 
     # ── coming and leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def fill(self, stream: Stream, cached_blocks: int) -> None:
-        """Give a stream, which has its blocks, a free slot. The first `cached_blocks` of them hold what they should already."""
+    def fill(self, stream: Stream, cached_blocks: int, adapter: int) -> None:
+        """Give a stream, which has its blocks, a free slot. The first `cached_blocks` of them hold what they should already. `adapter` is
+        the number of its adapter."""
         slot = stream.slot = self.free.pop()
         stream.stay = self._next_stay
         self._next_stay += 1
@@ -122,7 +128,7 @@ class Slots:
         self.computed[slot], self.held[slot] = cached_blocks * self.block_size, len(stream.blocks) * self.block_size
         self.published[slot] = cached_blocks
         self.priority[slot], self.number[slot], self.ran[slot] = stream.priority, stream.number, 0
-        self.share[slot] = self.shares.enter(stream.priority, stream.tenant)
+        self.share[slot], self.adapter[slot] = self.shares.enter(stream.priority, stream.tenant), adapter
         self.tokens[slot, :known] = stream.tokens
         stops = request.sampler.stop_ids
         if len(stops) > self.stops.shape[1]:

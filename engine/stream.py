@@ -53,6 +53,11 @@ class Stream:
         return self.request.priority
 
     @property
+    def adapter(self) -> bytes:
+        """The digest of its adapter; empty: the base model."""
+        return b"" if self.request.adapter is None else self.request.adapter.digest
+
+    @property
     def total(self) -> int:
         """The length, in tokens, at which it ends at the latest."""
         return len(self.request.prompt) + self.request.limit
@@ -66,7 +71,7 @@ class Stream:
         """The chained digests of at least the first `blocks` blocks of `tokens`, which are all of this stream's known tokens."""
         known = len(self.digests)
         if known < blocks:
-            parent = self.digests[-1] if known else root_digest(self.request.salt)
+            parent = self.digests[-1] if known else root_digest(self.request.salt, self.adapter)
             content = tokens[known * block_size : blocks * block_size].tobytes()
             width = block_size * tokens.itemsize
             for at in range(0, len(content), width):
@@ -74,13 +79,13 @@ class Stream:
                 self.digests.append(parent)
         return self.digests
 
-    def filling(self) -> Fill:
-        """How the executor prepares the slot that this stream was just given."""
+    def filling(self, pages: tuple[int, ...]) -> Fill:
+        """How the executor prepares the slot that this stream was just given. Its adapter is in `pages`."""
         sampler = self.request.sampler
         if sampler.prompt_logprobs >= 0 and not self.tells_prompt:
             sampler = replace(sampler, prompt_logprobs=-1)
         needs_history = sampler.counts_tokens or sampler.bad_words or sampler.prompt_logprobs >= 0
-        return Fill(self.slot, len(self.request.prompt), sampler, self.tokens if needs_history else NO_TOKENS)
+        return Fill(self.slot, len(self.request.prompt), sampler, self.tokens if needs_history else NO_TOKENS, pages)
 
     def take(self, token: int) -> str | None:
         """A result that came after this stream left its slot. Returns why it ends with it, or None."""
