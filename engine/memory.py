@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from penstock.engine.attention.base import block_bytes
+from penstock.engine.lora.layout import layout_of
 from penstock.engine.model.base import Model
 from penstock.engine.model.spec import ModelError
 from penstock.engine.rehearsal import run_worst_case
@@ -21,13 +22,14 @@ SPARE = 64 * 2**20  # bytes left free on a GPU, beside penalty counts, for what 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What the engine may be asked to run at once: `slots` streams, `token_budget` query tokens in a step, sequences of `max_model_len`
-    tokens, in KV blocks of `block_size`, whose dtype is `kv_dtype` (None: the model's)."""
+    tokens, in KV blocks of `block_size`, whose dtype is `kv_dtype` (None: the model's), with `adapter_pages` pages of adapters."""
 
     slots: int
     token_budget: int
     max_model_len: int
     block_size: int
     kv_dtype: torch.dtype | None = None
+    adapter_pages: int = 0
 
     @property
     def columns(self) -> int:
@@ -37,7 +39,7 @@ class Workload:
     def config(self, blocks: int, *, in_flight: int = 3, attention: str = "auto", graphs: bool = True) -> RunnerConfig:
         return RunnerConfig(
             slots=self.slots, blocks=blocks, block_size=self.block_size, columns=self.columns, in_flight=in_flight, attention=attention,
-            kv_dtype=self.kv_dtype, graphs=self.token_budget if graphs else 0,
+            kv_dtype=self.kv_dtype, graphs=self.token_budget if graphs else 0, adapter_pages=self.adapter_pages,
         )  # fmt: skip
 
 
@@ -54,7 +56,8 @@ def count_blocks(
     each = block_bytes(model.layers, work.block_size, work.kv_dtype or model.dtype)
     needed = work.columns
     if blocks is None:
-        free = _cuda_bytes(model, work, memory, attention, graphs) if model.device.type == "cuda" else _cpu_bytes(memory)
+        adapters = work.adapter_pages * page_bytes(model)
+        free = _cuda_bytes(model, work, memory, attention, graphs) if model.device.type == "cuda" else _cpu_bytes(memory) - adapters
         blocks = min(max(free, 0) // each, work.slots * work.columns)
         found = f"{max(free, 0) / 2**20:.0f} MiB are left for the KV cache, {blocks} blocks of {work.block_size} tokens"
     else:
@@ -66,6 +69,17 @@ def count_blocks(
             f"lower max_model_len to {blocks * work.block_size} or less, raise memory={memory:g} or lower token_budget={work.token_budget}",
         )
     return blocks
+
+
+def page_bytes(model: Model) -> int:
+    """Bytes of a page of adapters."""
+    return layout_of(product.group for product in model.products).elements * model.dtype.itemsize
+
+
+def count_pages(model: Model, most: int) -> int:
+    """Pages of adapters to allocate where nobody says how many: `most`, if they take no more than a tenth of the device's memory."""
+    total = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else _machine_bytes()[0]
+    return min(most, total // 10 // max(1, page_bytes(model)))
 
 
 def _cpu_bytes(memory: float) -> int:
@@ -105,12 +119,13 @@ def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str, gra
     try:
         runner = Runner(model, work.config(max(needed, work.columns), attention=attention, graphs=False))
         pool = sum(stack.nbytes for stack in runner.pool.stacks)
+        adapters = 0 if runner.adapters is None else runner.adapters.pool.data.nbytes
         run_worst_case(runner, work.token_budget)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             "out_of_memory", f"a step of token_budget={work.token_budget} tokens does not fit beside the weights on {device}: {error}"
         ) from error
-    peak = torch.cuda.max_memory_allocated(device) - before - pool
+    peak = torch.cuda.max_memory_allocated(device) - before - pool - adapters
     counts = 2 * work.slots * model.vocab_size * 4  # of every slot, and once more while they are made room for
     model.detach()
     del runner
@@ -118,4 +133,4 @@ def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str, gra
     limit = memory * total if memory <= 1 else memory
     # Graphs have memory of their own, and a step that is none, or none yet, takes as much besides.
     taken = peak * 2.1 + work.slots * model.vocab_size * model.dtype.itemsize + GRAPHS if graphs else peak * 1.1
-    return int(min(limit - (total - free), free) - taken - counts - SPARE)
+    return int(min(limit - (total - free), free) - taken - counts - adapters - SPARE)

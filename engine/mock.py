@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,12 @@ class MockRunner:
 
     def prepare(self) -> bool:
         return False
+
+    def load(self, path: str, pages: Sequence[int], told: Callable[[str | None], None]) -> None:
+        told(f"{path}: a mock has no adapters")
+
+    def close(self) -> None:
+        pass
 
 
 def _mix(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from penstock.engine.runner import Runner
 
 TINY = Path(__file__).with_name("tiny")
+PAGES = 64  # of adapters on the device, where nobody says how many
 
 
 def model_folder(model: str) -> str:
@@ -34,6 +35,7 @@ def open_mock(
         "slots": max_running, "blocks": blocks or max_running * 4096 // block_size, "block_size": block_size,
         "token_budget": token_budget or 8192, "dtype": "none", "device": "none", "kv_dtype": "none", "decoder": "none",
         "attention": "none", "graphs": False, "deterministic": True, "step_s": mock_step * (1 + (token_budget or 8192) / PACED),
+        "adapters": None,
     }  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def open_model(
     graphs: bool,
     deterministic: bool,
     time_steps: bool,
+    adapter_pages: int | None,
 ) -> tuple[Runner, dict[str, Any]]:
     """Load a model, size its cache, warm it up. Raises `ModelError`.
 
@@ -66,7 +69,7 @@ def open_model(
     from transformers.utils import logging
 
     from penstock.engine.attention.storage import choose_dtype
-    from penstock.engine.memory import Workload, count_blocks
+    from penstock.engine.memory import Workload, count_blocks, count_pages
     from penstock.engine.model.build import build_model
     from penstock.engine.model.spec import ModelError, read_spec
     from penstock.engine.rehearsal import warm_up
@@ -87,7 +90,7 @@ def open_model(
     built = build_model(spec, torch.device(device), decoder, deterministic=deterministic)
     work = Workload(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size,
-        kv_dtype=stored,
+        kv_dtype=stored, adapter_pages=count_pages(built, PAGES) if adapter_pages is None else adapter_pages,
     )  # fmt: skip
     count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks, graphs=graphs)
     runner = Runner(built, work.config(count, in_flight=lookahead + 1, graphs=graphs))
@@ -103,5 +106,5 @@ def open_model(
         "slots": max_running, "blocks": count, "block_size": block_size, "token_budget": work.token_budget, "dtype": spec.dtype,
         "kv_dtype": str(stored).removeprefix("torch."), "device": device, "decoder": type(built).__name__,
         "attention": type(runner.attention).__name__, "graphs": runner.graphs is not None, "deterministic": built.deterministic,
-        "step_s": step_s,
+        "step_s": step_s, "adapters": None if runner.adapters is None else runner.adapters.facts(),
     }  # fmt: skip

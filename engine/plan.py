@@ -6,6 +6,7 @@ slot number: its input token may not even exist on the host yet, since plan N+1 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -95,3 +96,10 @@ class StepRunner(Protocol):
 
     def prepare(self) -> bool:
         """While there is no step: do a little of what later ones would have to wait for. Returns whether there is more of it."""
+
+    def load(self, path: str, pages: Sequence[int], told: Callable[[str | None], None]) -> None:
+        """Put the adapter in a file (`engine.lora.store`) into these pages, which no later plan reads before `told` was called, on another
+        thread perhaps: with None, or with what went wrong."""
+
+    def close(self) -> None:
+        """No more is loaded."""

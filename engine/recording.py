@@ -169,6 +169,8 @@ def _veil(value: object, entries: dict[str, Any]) -> dict[str, Any]:
             return {"tokens": np.zeros_like(entries["tokens"])}
         case Slots():
             return {"stops": np.where(value.stops < 0, value.stops, np.int32(STOP))}
+        case Adapter():
+            return {"path": ""}
         case Sampler():
             neutral = Sampler(
                 seed=value.seed, prompt_logprobs=value.prompt_logprobs, presence_penalty=float(value.counts_tokens),

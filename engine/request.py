@@ -43,10 +43,11 @@ class Sampler:
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """What changes a model's products for a request. `digest` is that of its content: equal ones give equal tokens. It takes `pages` pages
-    of `engine.lora.layout`."""
+    of `engine.lora.layout`, and they are in the file `path`."""
 
     digest: bytes
     pages: int
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from penstock.engine.attention.inplace import suits as inplace_suits
 from penstock.engine.attention.storage import FP8
 from penstock.engine.kernels.cpu import load_kernels
 from penstock.engine.lora.adapters import Adapters
+from penstock.engine.lora.loader import AdapterLoader
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.model.spec import ModelError
 from penstock.engine.plan import StepPlan
@@ -90,6 +91,7 @@ class Runner:
         self.attention = _attention(config, self.pool, model)
         model.attach(self.pool, self.attention)
         self.adapters = Adapters(model, config.slots, config.adapter_pages) if config.adapter_pages else None
+        self._loader: AdapterLoader | None = None
         self.sampler = SlotSampler(config.slots, model.vocab_size, device)
         self.table = np.zeros((config.slots, config.columns), np.int32)
         self.last = torch.zeros(config.slots + 1, dtype=torch.int64, device=device)  # see `engine.graphs` for the one more
@@ -136,6 +138,17 @@ class Runner:
         except CannotRecord as error:
             self._without(error)
             return self.graphs is not None
+
+    def load(self, path: str, pages: Sequence[int], told: Callable[[str | None], None]) -> None:
+        if self.adapters is None:
+            raise RuntimeError("there are no pages for adapters")
+        if self._loader is None:
+            self._loader = AdapterLoader(self.adapters)
+        self._loader.load(path, pages, told)
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
 
     def _columns(self, plan: StepPlan, order: Rows, sampling: Rows) -> Columns:
         """What the model and its attention must know of a step. `tokens` are ids, or below 0: the last one of the slot in `sources`."""

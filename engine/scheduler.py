@@ -99,6 +99,10 @@ class Scheduler:
         """Whether there is room for an adapter, beside those that are pinned."""
         return self._residency.fits(adapter)
 
+    def adapters(self) -> list[tuple[str, str, int, int, int]]:
+        """Of those that are wanted or here: digest, state, streams that run and that wait, tokens served."""
+        return self._residency.report()
+
     def take_loads(self) -> list[Load]:
         """Adapters that must be put into their pages; `loaded` or `lost` answers each. The plans launched before may still read what was
         there."""

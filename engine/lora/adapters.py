@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,24 @@ class Adapters:
     """`pages` pages for a model with `slots` streams."""
 
     def __init__(self, model: Model, slots: int, pages: int) -> None:
-        layout = layout_of(product.group for product in model.products)
-        self.pool = PagePool(layout, pages, model.dtype, model.device)
+        self.layout = layout_of(product.group for product in model.products)
+        self.pool = PagePool(self.layout, pages, model.dtype, model.device)
         self.backend = choose_backend(self.pool)
         self._of_slot: list[Pages] = [()] * slots
         self.wanted = False
-        model.adapt(layout, self.backend)
+        model.adapt(self.layout, self.backend)
 
     def write(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:
-        """Put an adapter (`PageLayout.lay_out`) into pages that no slot has."""
+        """Put an adapter (`PageLayout.lay_out`) into pages that no slot has. Raises `ValueError` if it is not one of this model."""
+        expected = (len(pages), self.layout.elements), (len(pages), len(self.layout.sites))
+        if (data.shape, used.shape) != expected or data.dtype != self.pool.data.dtype:
+            raise ValueError(f"an adapter of {tuple(data.shape)} {data.dtype}, {tuple(used.shape)}: expected {expected}")
         self.pool.write(pages, data, used)
+
+    def facts(self) -> dict[str, Any]:
+        """What others must know to make adapters ready for it: see `PageLayout`."""
+        groups = [[[site.name, site.in_features, site.out_features] for site in place.group] for place in self.layout.places]
+        return {"pages": len(self.pool.data), "dtype": str(self.pool.data.dtype).removeprefix("torch."), "groups": groups}
 
     def fill(self, slot: int, pages: Pages) -> None:
         """A slot gets a new occupant, with this adapter."""

@@ -73,8 +73,8 @@ class Adapted:
         self.backend.add(self.place, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
 
 
-def adapt(products: Iterable[Linear], layout: PageLayout, backend: AdapterBackend | None) -> None:
-    """Hang a backend on the products that `layout` was made of; None: take it off."""
+def adapt(products: Iterable[Linear], layout: PageLayout, backend: AdapterBackend) -> None:
+    """Hang a backend on the products that `layout` was made of."""
     adaptable = (product for product in products if product.group)
     for product, place in zip(adaptable, layout.places, strict=True):
-        product.adapted = None if backend is None else Adapted(place, backend)
+        product.adapted = Adapted(place, backend)

@@ -105,6 +105,11 @@ def layout_of(groups: Iterable[Group]) -> PageLayout:
     return PageLayout([group for group in groups if group])
 
 
+def layout_from(groups: Iterable[Iterable[tuple[str, int, int]]]) -> PageLayout:
+    """The layout whose sites have these names and sizes, as another process told them."""
+    return PageLayout([tuple(Site(*site) for site in group) for group in groups])
+
+
 class PagePool:
     """Pages of adapters on the device: `data` `[pages, elements]`, `used` int32 `[pages, sites]` beside it and on the host."""
 

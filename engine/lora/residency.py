@@ -31,7 +31,7 @@ class Load:
     """Put an adapter into these pages. `number` counts the loads."""
 
     number: int
-    digest: bytes
+    adapter: Adapter
     pages: tuple[int, ...]
 
 
@@ -51,6 +51,11 @@ class Resident:
     pinned: bool = False
     since: float = 0.0
     left: int = 0  # when the last of its streams left a slot, in such events
+
+    @property
+    def state(self) -> str:
+        """For people."""
+        return "draining" if self.draining else "resident" if self.ready else "loading" if self.pages else "waiting"
 
     @property
     def idle(self) -> bool:
@@ -87,8 +92,9 @@ class Residency:
         floor = min((other.served for other in self._known.values() if other.open), default=0)
         if one is None:
             one = self._known[digest_of(adapter)] = Resident(adapter, floor)
-        elif not one.open:
-            one.served = max(one.served, floor)
+        else:
+            one.adapter = adapter  # it may lie elsewhere now
+            one.served = one.served if one.open else max(one.served, floor)
         one.open += 1
         self._want(one, now)
 
@@ -203,7 +209,7 @@ class Residency:
         del self._wanted[adapter.digest]
         self._loads_begun += 1
         one.pages, one.load = tuple([self._free.pop() for _ in range(adapter.pages)]), self._loads_begun
-        self._loads.append(Load(one.load, adapter.digest, one.pages))
+        self._loads.append(Load(one.load, adapter, one.pages))
 
     def _make_room(self, pages: int, now: float) -> bool:
         """Evict until so many pages are free, if that can be: those that nobody has streams of first, the longest unused first."""
@@ -247,6 +253,14 @@ class Residency:
             one.draining, one.since = True, now
             self._draining.append(one)
             missing -= len(one.pages)
+
+    def report(self) -> list[tuple[str, str, int, int, int]]:
+        """Of each that is known: digest (hexadecimal), state, streams that run and that wait, tokens served."""
+        return [
+            (digest.hex(), one.state, one.running, one.open - one.running, one.served)
+            for digest, one in self._known.items()
+            if one.adapter is not None
+        ]
 
     def check(self) -> None:
         """Raise `RuntimeError` if the books do not balance. For tests, and for an idle engine."""

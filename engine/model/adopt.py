@@ -80,12 +80,14 @@ class AdoptedModel:
         for site, shape, (keys, values) in zip(self.sites, self.layers, pool.layers, strict=True):
             site.paged = LayerAttention(shape, keys, values, backend)  # type: ignore[assignment]
 
-    def adapt(self, layout: PageLayout, backend: AdapterBackend | None) -> None:
+    def adapt(self, layout: PageLayout, backend: AdapterBackend) -> None:
         adapt(self.products, layout, backend)
 
     def detach(self) -> None:
         for site in self.sites:
             del site.paged
+        for product in self.products:
+            product.adapted = None
 
     def forward(self, ids: Tensor, positions: Tensor, rows: Tensor | None, *, keep: bool = False) -> Tensor:
         if self.body is not None:

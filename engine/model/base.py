@@ -28,12 +28,12 @@ class Model(Protocol):
         """Give each attention layer its part of the pool, and all of them the backend that holds the step."""
         ...
 
-    def adapt(self, layout: PageLayout, backend: AdapterBackend | None) -> None:
-        """Have adapters change `products`, which `layout` was made of; None: have none."""
+    def adapt(self, layout: PageLayout, backend: AdapterBackend) -> None:
+        """Have adapters change `products`, which `layout` was made of."""
         ...
 
     def detach(self) -> None:
-        """Let go of pool and backend."""
+        """Let go of pool, backend and adapters."""
         ...
 
     def forward(self, ids: Tensor, positions: Tensor, rows: Tensor | None, *, keep: bool = False) -> Tensor:

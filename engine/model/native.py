@@ -142,16 +142,19 @@ class NativeModel:
         glue = self.glue
         self.suits_few = isinstance(glue, FusedGlue) and all(block.suits_few(glue) for block in self.blocks)
 
-    def adapt(self, layout: PageLayout, backend: AdapterBackend | None) -> None:
-        self.adapters = backend
+    def adapt(self, layout: PageLayout, backend: AdapterBackend) -> None:
         adapt(self.products, layout, backend)
+        self.adapters = backend
         for block in self.blocks:
             block.adapters = backend
 
     def detach(self) -> None:
         self.glue = self._plain_glue()
+        self.adapters = None
         for block in self.blocks:
-            block.paged = None
+            block.paged = block.adapters = None
+        for product in self.products:
+            product.adapted = None
 
     def forward(self, ids: Tensor, positions: Tensor, rows: Tensor | None, *, keep: bool = False) -> Tensor:
         h = self.embedding.index_select(0, ids)

@@ -75,7 +75,7 @@ class World:
 
     def loaded(self, at: int) -> None:
         load = self.loads.pop(at)
-        self.content |= dict.fromkeys(load.pages, load.digest)
+        self.content |= dict.fromkeys(load.pages, load.adapter.digest)
         self.residency.loaded(load.number, self.now)
 
     def lost(self, at: int) -> None:
