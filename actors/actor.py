@@ -32,6 +32,7 @@ SUPERVISOR: PeerKey = ("supervisor", 0)
 GATEWAY: PeerKey = ("gateway", 0)
 SCHEDULER: PeerKey = ("scheduler", 0)
 EXECUTOR: PeerKey = ("executor", 0)
+ADAPTERS: PeerKey = ("adapters", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Actor:
             gc.collect()
             gc.freeze()
             self.tell(Ready(self.kind, self.post.index, self.post.incarnation, facts))
-            self.log.info("ready", facts=facts)
+            self.log.info("ready", facts={name: value for name, value in facts.items() if name != "adapters"})  # hundreds of names
             self._loop()
             return True
         except Refusal as refusal:

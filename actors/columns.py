@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from penstock.actors.messages import Step, StepDone, Submit
 from penstock.engine.plan import Fill, Int32, StepPlan, StepResult, TopLogprobs
-from penstock.engine.request import Request, Sampler
+from penstock.engine.request import Adapter, Request, Sampler
 
 _NEUTRAL = Sampler()
 _SAMPLER_FIELDS = tuple(spec.name for spec in fields(Sampler))
@@ -42,13 +42,14 @@ def request_from(message: Submit) -> Request:
         salt=message.salt,
         deadline=message.deadline,
         queue_timeout=message.queue_timeout,
+        adapter=Adapter(*message.adapter) if message.adapter else None,
     )
 
 
 def step_from_plan(plan: StepPlan, scheduler: int, executor: int) -> Step:
     # tuple([…]), here and below: one made from a generator is trimmed to its size, and then fills CPython's free list of that size, which
     # only a full collection empties. Up to 5 MB in a process that makes thousands of them.
-    fills = tuple([(fill.slot, fill.prompt_tokens, sampler_to_wire(fill.sampler), fill.history.tobytes()) for fill in plan.fills])
+    fills = tuple([(one.slot, one.prompt_tokens, sampler_to_wire(one.sampler), one.history.tobytes(), one.pages) for one in plan.fills])
     return Step(
         scheduler, executor, plan.step, fills, plan.table_slots.tobytes(), plan.table_columns.tobytes(), plan.table_blocks.tobytes(),
         plan.slots.tobytes(), plan.starts.tobytes(), plan.counts.tobytes(), plan.decodes, plan.samples.tobytes(), plan.tokens.tobytes(),
@@ -56,7 +57,7 @@ def step_from_plan(plan: StepPlan, scheduler: int, executor: int) -> Step:
 
 
 def plan_from_step(step: Step) -> StepPlan:
-    fills = tuple([Fill(slot, prompt, Sampler(**sampler), int32(history)) for slot, prompt, sampler, history in step.fills])
+    fills = tuple([Fill(slot, prompt, Sampler(**sampler), int32(history), pages) for slot, prompt, sampler, history, pages in step.fills])
     return StepPlan(
         step.step, fills, int32(step.table_slots), int32(step.table_columns), int32(step.table_blocks), int32(step.slots),
         int32(step.starts), int32(step.counts), step.decodes, np.frombuffer(step.samples, np.bool_), int32(step.tokens),

@@ -10,8 +10,9 @@ from penstock.actors.errors import bad
 WRITING_S = 60.0  # an executor that writes a trace does nothing else, and must not look stalled
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _setting(default: Any, help: str, flag: str | None = None) -> Any:
+    """`flag`: the option of the command line, if it is not the field's name."""
+    return field(default=default, metadata={"help": help, "flag": flag})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,22 @@ class EngineConfig:
     start_timeout: float = _setting(1800.0, "an actor that is not ready this long after its start is started anew")
     threads: int | None = _setting(None, "CPU threads of the executor; none: all cores")
     seed: int = _setting(0, "of random weights")
+    adapters: tuple[str, ...] = _setting(
+        (), "NAME=SOURCE of a LoRA adapter: a folder, org/name of the hub, s3://BUCKET/PREFIX or the URL of an archive", "adapter"
+    )
+    adapter_sources: tuple[str, ...] = _setting(
+        (), "where more adapters may be taken from, while it runs: a folder, hub://ORGANISATION, hub://*, s3://BUCKET/PREFIX, https://HOST/PATH",
+        "adapter-source",
+    )  # fmt: skip
+    adapter_pages: int | None = _setting(
+        None, "pages of 16 ranks for adapters on the device, 0: none; none given: 64 in a tenth of its memory, if there are any adapters"
+    )
+    adapter_cache: str | None = _setting(None, "folder of adapters that are ready for a device; none: one in the user's cache folder")
+    adapter_disk: int = _setting(50 * 2**30, "bytes that it may take")
+    adapter_timeout: float = _setting(600.0, "longest time that fetching an adapter may take")
+    adapter_size: int = _setting(4 * 2**30, "largest file of an adapter, bytes")
+    hub_endpoint: str | None = _setting(None, "URL of the hub of adapters; none: as huggingface_hub is configured")
+    s3_endpoint: str | None = _setting(None, "URL of the S3 server of adapters; none: as AWS's own configuration says")
     time_steps: bool = _setting(False, "time each step on the device, for the status report; costs it some microseconds")
     profile: str | None = _setting(None, "write a trace of 64 steps of the executor to this file (Chrome's JSON, gzipped if named .gz)")
     profile_after: int = _setting(0, "tokens that are run before such a trace begins")
@@ -92,8 +109,15 @@ class EngineConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise bad(name, getattr(self, name), "one of " + ", ".join(map(str, allowed)))
+        for name in ("adapters", "adapter_sources"):
+            texts = getattr(self, name)
+            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+                raise bad(name, texts, "a list of texts")
+            object.__setattr__(self, name, tuple(texts))
+        if self.adapter_pages is not None and (not isinstance(self.adapter_pages, int) or self.adapter_pages < 0):
+            raise bad("adapter_pages", self.adapter_pages, "an integer of 0 or more, or nothing")
         counts = ("max_running", "tokenizers", "detokenizers", "max_open", "max_open_per_client", "max_queued_tokens", "max_message")
-        for name in (*counts, "window"):
+        for name in (*counts, "window", "adapter_disk", "adapter_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise bad(name, getattr(self, name), "an integer above 0")
         for name in ("max_model_len", "blocks", "token_budget", "threads"):
@@ -113,7 +137,7 @@ class EngineConfig:
             raise bad("stall_timeout", self.stall_timeout, f"{WRITING_S:g} s or more with profile: who writes a trace does nothing else")
         if not isinstance(self.mock_step, int | float) or not 0 <= self.mock_step <= 60:
             raise bad("mock_step", self.mock_step, "a number from 0 to 60")
-        for name in ("lease", "drain_timeout", "stall_timeout", "start_timeout", "message_rate", "byte_rate"):
+        for name in ("lease", "drain_timeout", "stall_timeout", "start_timeout", "message_rate", "byte_rate", "adapter_timeout"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise bad(name, getattr(self, name), "a number above 0")
         if (self.secret_key is None) != (self.client_keys is None):

@@ -12,6 +12,7 @@ from penstock.actors.actor import EXECUTOR, HEARTBEAT_S, PeerKey, Post
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault
 from penstock.actors.forkserver import ForkServer
+from penstock.actors.library import serves_adapters
 from penstock.actors.log import Log
 from penstock.actors.mailbox import Mailbox
 from penstock.actors.messages import Died, Heartbeat, Order, Peers, Ready, Stop, Up
@@ -53,7 +54,8 @@ class Crew:
         if self.config.placement == "processes":
             self._open_forks()
         counts = {  # the executor last: what it needs takes long to import, and the others are forked before
-            "tokenizer": self.config.tokenizers, "detokenizer": self.config.detokenizers, "scheduler": 1, "gateway": 1, "executor": 1,
+            "tokenizer": self.config.tokenizers, "detokenizer": self.config.detokenizers, "scheduler": 1, "gateway": 1,
+            "adapters": int(serves_adapters(self.config)), "executor": 1,
         }  # fmt: skip
         for kind, count in counts.items():
             for index in range(count):

@@ -14,6 +14,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "prompt_too_long": (False, "the prompt does not fit the model's context, or can never fit the KV cache"),
     "duplicate_request": (False, "the client has an open request of this id"),
     "unknown_adapter": (False, "no adapter of this name is configured"),
+    "adapter_error": (False, "the adapter cannot be had from its source, is broken, not supported, or made for another model"),
     "template_error": (False, "the chat template is missing or raised"),
     "digest_mismatch": (False, "the request was begun on another model, tokenizer or adapter"),
     "not_found": (False, "there is no such request"),
@@ -66,6 +67,13 @@ class Refusal(Exception):
     def __init__(self, code: str, message: str, **more: Any) -> None:
         self.fault = Fault(code=code, message=message, **more)
         super().__init__(message)
+
+    @classmethod
+    def of(cls, fault: Fault) -> Self:
+        """What another actor judged."""
+        refusal = cls(fault.code, fault.message)
+        refusal.fault = fault
+        return refusal
 
 
 def bad(field: str, value: object, limit: str) -> Refusal:

@@ -13,9 +13,10 @@ import zmq
 from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor
 from penstock.actors.columns import done_from_result, int32, plan_from_step
 from penstock.actors.config import EngineConfig
+from penstock.actors.courier import Courier
 from penstock.actors.errors import Refusal
-from penstock.actors.mailbox import open_outbox
-from penstock.actors.messages import INSIDE, Step, StepDone
+from penstock.actors.library import serves_adapters
+from penstock.actors.messages import Load, Loaded, Step, StepDone
 from penstock.engine.model.spec import ModelError
 from penstock.engine.open import open_mock, open_model
 from penstock.engine.plan import Pending, StepResult, StepRunner
@@ -31,17 +32,19 @@ OVER_S = 1.0  # without a step: then no more will come that a trace waits for
 class ExecutorActor(Actor):
     kind = "executor"
     results: Results | None = None
+    loads: Courier | None = None
     profile: StepProfile | None = None
 
     def start(self) -> dict[str, Any]:
-        self.handlers |= {Step: self._step, StepDone: self._check}
-        self.awaits[Step] = lambda step: ((SCHEDULER, step.scheduler),)
+        self.handlers |= {Step: self._step, StepDone: self._check, Load: self._load}
+        self.awaits[Step] = self.awaits[Load] = lambda message: ((SCHEDULER, message.scheduler),)
         self.runner, facts = self._open_runner()
         self.times = StepTimes()
         self.profile = self._open_profile(facts["device"])
         self.preparing, self.asked = True, 0.0  # whether there may be something to prepare, and when the last step came
         if facts["device"] == "cuda":
             self.results = Results(self.context, self.post.address, self.times)
+        self.loads = Courier(self.context)  # of the thread that loads adapters
         return facts
 
     def _open_runner(self) -> tuple[StepRunner, dict[str, Any]]:
@@ -73,6 +76,18 @@ class ExecutorActor(Actor):
             done = done_from_result(result, step.scheduler, step.executor)
             self._check(done)
             self.mail.send(SCHEDULER, done)
+
+    def _load(self, load: Load) -> None:
+        scheduler = self.peers.get(SCHEDULER)
+        if load.executor != self.post.incarnation or scheduler is None or load.scheduler != scheduler.incarnation:
+            return  # from a scheduler that is no more
+        courier, address = self.loads, scheduler.address
+
+        def tell(error: str | None) -> None:
+            if courier is not None:
+                courier.send(address, Loaded(load.scheduler, load.executor, load.number, error))
+
+        self.runner.load(load.path, load.pages, tell)
 
     def _rests(self, seconds: float) -> bool:
         """Whether for so long no step has come, and none is in flight."""
@@ -126,6 +141,9 @@ class ExecutorActor(Actor):
         self._close_profile()
         if self.results is not None:
             self.results.close()
+        if self.loads is not None:
+            self.runner.close()
+            self.loads.close()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,9 +180,9 @@ class Results:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        address, outbox = "", None
+        courier = Courier(self._context)
         while (flight := self._queue.get()) is not None:
-            target, step = flight.address, flight.step
+            step = flight.step
             try:
                 result = flight.pending.result()
                 self._times.done(flight.launch, result, time.perf_counter())
@@ -172,15 +190,8 @@ class Results:
                 result = StepResult(step.step, int32(b""), error=f"{type(error).__name__}: {error}")
             self._done += 1
             done = done_from_result(result, step.scheduler, step.executor)
-            if done.error is not None:
-                target = self._home
-            if target != address or outbox is None:
-                if outbox is not None:
-                    outbox.close(linger=0)
-                address, outbox = target, open_outbox(self._context, target)
-            outbox.send(INSIDE.encode(done), zmq.NOBLOCK)
-        if outbox is not None:
-            outbox.close(linger=0)
+            courier.send(flight.address if done.error is None else self._home, done)
+        courier.close()
 
 
 def opening(config: EngineConfig) -> dict[str, Any]:
@@ -189,4 +200,4 @@ def opening(config: EngineConfig) -> dict[str, Any]:
         "model", "weights", "dtype", "kv_dtype", "device", "max_model_len", "memory", "block_size", "blocks", "max_running",
         "token_budget", "lookahead", "threads", "seed", "decoder", "graphs", "deterministic", "time_steps",
     )  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names} | {"adapter_pages": config.adapter_pages if serves_adapters(config) else 0}

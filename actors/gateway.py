@@ -7,21 +7,37 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
-from penstock.actors.admission import Admission, Held
+from penstock.actors.actor import ADAPTERS, HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
+from penstock.actors.admission import Admission, Held, Job
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.handover import HandOver
-from penstock.actors.messages import Begin, Drain, Encoded, Journaled, Ready, Released, Vitals
-from penstock.actors.orders import read_order
-from penstock.actors.protocol import Accepted, Cancel, Control, Failed, Generate, Goodbye, List, Listing, Renew, Report, Status, Welcome
+from penstock.actors.library import serves_adapters
+from penstock.actors.messages import Begin, Drain, Encoded, Found, Journaled, Manage, Managed, Ready, Released, Vitals
+from penstock.actors.orders import check_operator, read_order
+from penstock.actors.protocol import (
+    Accepted,
+    Adapters,
+    Cancel,
+    Control,
+    Failed,
+    Generate,
+    Goodbye,
+    List,
+    Listing,
+    Renew,
+    Report,
+    Status,
+    Welcome,
+)  # fmt: skip
 from penstock.actors.reception import Reception
 from penstock.actors.request import Entry, OpenRequest
 from penstock.actors.resolve import Model
 from penstock.actors.sessions import Session
-from penstock.actors.status import list_requests, status_report
+from penstock.actors.status import list_adapters, list_requests, status_report
 
 LOOK_EVERY_S, LATEST_LOOK_S = 0.1, 1.0  # at leases and deadlines
 OVERDUE_S = 0.5  # after its deadline a stream is ended without the scheduler
+MOST_LOSSES = 3  # of a request's adapter
 JOURNALED_EVERY = 8  # of the scheduler's messages: it may be several times as many ahead
 
 
@@ -43,14 +59,17 @@ class GatewayActor(Actor):
         self.settled = 0.0  # when it is known who is there
         self.looked = 0.0  # when leases were judged last
         self.vitals: tuple[Any, ...] = ()
+        self.managing: dict[int, tuple[Session, int, Manage]] = {}  # orders that the adapters actor has, and who is to hear how they went
+        self.orders = self.post.incarnation << 32
         self.totals = {"requests": 0, "finished": 0, "failed": 0, "generated_tokens": 0, "prompt_tokens": 0, "chunks": 0}
         self.handlers |= {
-            Encoded: self._encoded, Released: self._released, Begin: self._begin, Drain: self._drain, Vitals: self._keep_vitals,
+            Encoded: self._answered, Found: self._answered, Released: self._released, Begin: self._begin, Drain: self._drain,
+            Vitals: self._keep_vitals, Managed: self._managed,
         }  # fmt: skip
         self.awaits[Begin] = lambda begin: ((SCHEDULER, begin.incarnation),)
         self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
             Generate: self._generate, Cancel: self._cancel, Renew: self._renew, List: self._list, Status: self._status,
-            Control: self._control, Goodbye: lambda session, _: self._leave(session),
+            Control: self._control, Adapters: self._adapters, Goodbye: lambda session, _: self._leave(session),
         }  # fmt: skip
         return {}
 
@@ -66,7 +85,11 @@ class GatewayActor(Actor):
             self.model = Model.from_facts(executor.facts, tokenizer.facts)
         for job in self.admission.reassign(self.peers):
             self._fail(job.request, Fault(code="engine_fault", message="the tokenizer died on this request", actor="tokenizer"))
-        self._send_encodes()
+        adapters = self.peers.get(ADAPTERS)
+        if adapters is not None and adapters != before.get(ADAPTERS):
+            for _, _, order in self.managing.values():
+                self.mail.send(ADAPTERS, order)
+        self._send_jobs()
         self._open()
 
     def _begin(self, message: Begin) -> None:
@@ -85,7 +108,8 @@ class GatewayActor(Actor):
         if self.opened or self.model is None or not self.handover.scheduler:
             return
         self.opened = True
-        if self.post.incarnation > self.config.tokenizers + self.config.detokenizers + 3:
+        first = self.config.tokenizers + self.config.detokenizers + 3 + serves_adapters(self.config)  # as many actors as there are
+        if self.post.incarnation > first:
             self.settled = time.monotonic() + self.config.lease  # until then the clients of the gateway before this one may come back
         self.tell(Ready(self.kind, self.post.index, self.post.incarnation, {"open": True}))
         model, config = self.model, self.config
@@ -105,7 +129,7 @@ class GatewayActor(Actor):
         for session, message in self.reception.receive(now):
             self.progress += 1
             self.calls[type(message)](session, message)
-        self._send_encodes()
+        self._send_jobs()
         self._send_chunks()
         # A renewal may still be waiting at the door: leases are judged when everything there is read, or if there is always more.
         if now - self.looked >= (LATEST_LOOK_S if self.reception.busy else LOOK_EVERY_S):
@@ -129,8 +153,9 @@ class GatewayActor(Actor):
                 continue
             for request in [one for one in session.requests.values() if one.left is not None and now - one.left > lease]:
                 self._finish(request)
-        for request, reason in self.admission.late(now):
-            self._fail(request, Fault(code=reason, message="its time was over before its prompt was tokenized", actor="tokenizer"))
+        for request, reason, actor in self.admission.late(now):
+            text = f"its time was over before its {'prompt was tokenized' if actor == 'tokenizer' else 'adapter was ready'}"
+            self._fail(request, Fault(code=reason, message=text, actor=actor))
         # The scheduler ends what is late, unless there is none, or none that its streams reach: then nobody else would.
         for entry in [one for one in self.journal.entries.values() if (one.request.deadline or now) < now - OVERDUE_S]:
             self.handover.withdraw(entry)
@@ -168,8 +193,8 @@ class GatewayActor(Actor):
             return
         self.totals["requests"] += 1
         self.sessions.add(request)
-        if job is None:
-            self._accept(request, self.model)
+        if job.complete:
+            self._resolve(job)
 
     def _reattach(self, session: Session, request: OpenRequest, resume: dict[str, Any]) -> None:
         """A client is back on a new connection: go on where it says it is."""
@@ -218,6 +243,26 @@ class GatewayActor(Actor):
         self.draining = self.draining or order.order == "drain"  # at once, so that the answer says so
         self._status(session, message)
 
+    def _adapters(self, session: Session, message: Adapters) -> None:
+        try:
+            if message.order != "list":
+                check_operator(session.user, self.config)
+            if self.model is None or not self.model.adapter_pages:
+                raise Refusal("unknown_adapter", "this engine serves no adapters", field="adapter", value=message.name[:120])
+        except Refusal as refusal:
+            self.reception.answer(session, Report(message.query, {"error": refusal.fault.to_wire()}))
+            return
+        self.orders += 1
+        order = Manage(self.orders, message.order, message.name, message.source, message.token)
+        self.managing[self.orders] = session, message.query, order
+        self.mail.send(ADAPTERS, order)
+
+    def _managed(self, message: Managed) -> None:
+        session, query, _ = self.managing.pop(message.job, (None, 0, None))
+        if session is not None and session in self.sessions:
+            rows = list_adapters(message.adapters, self.vitals)
+            self.reception.answer(session, Report(query, {"error": message.error} if message.error is not None else {"adapters": rows}))
+
     def _leave(self, session: Session) -> None:
         for request in list(session.requests.values()):
             self._finish(request)
@@ -225,20 +270,30 @@ class GatewayActor(Actor):
 
     # ── from tokenizing to the end ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _send_encodes(self) -> None:
-        for index, encode in self.admission.to_send(self.peers):
-            self.mail.send(("tokenizer", index), encode)
+    def _send_jobs(self) -> None:
+        for key, message in self.admission.to_send(self.peers):
+            self.mail.send(key, message)
 
-    def _encoded(self, message: Encoded) -> None:
-        job = self.admission.done(message.job)
-        if job is None or self.model is None:
-            return  # cancelled meanwhile
-        try:
-            self.admission.resolve(job, message, self.model, self.journal)
-        except Refusal as refusal:
-            self._fail(job.request, refusal.fault)
+    def _answered(self, message: Encoded | Found) -> None:
+        job = self.admission.answered(message)
+        if job is not None:  # else it waits for more, or was cancelled meanwhile
+            self._resolve(job)
+
+    def _resolve(self, job: Job) -> None:
+        request, model = job.request, self.model
+        if model is None:
             return
-        self._accept(job.request, self.model)
+        try:
+            self.admission.resolve(job, model, self.journal)
+        except Refusal as refusal:
+            self._fail(request, refusal.fault)
+            return
+        if not request.entries:
+            self._accept(request, model)
+        for entry in request.entries:  # of one that is open already, whose adapter was not where it had been
+            if entry.ended is None and entry.unadapted:
+                entry.unadapted = False
+                self.handover.give(entry)
 
     def _accept(self, request: OpenRequest, model: Model) -> None:
         """The request is resolved: journal it, tell its client, hand it over."""
@@ -269,7 +324,9 @@ class GatewayActor(Actor):
         taken = self.journal.take(message)
         self.totals["generated_tokens"] += taken.tokens
         for entry, reason, facts in taken.ends:
-            if reason == "error":
+            if reason == "adapter_lost":
+                self._find_again(entry)
+            elif reason == "error":
                 self._fail(entry.request, Fault(code=facts.get("code", "engine_fault"), message=facts.get("error", "")))
             else:
                 self._end(entry, reason, facts)
@@ -277,6 +334,17 @@ class GatewayActor(Actor):
         if message.number % JOURNALED_EVERY == 0:
             self.mail.send(SCHEDULER, Journaled(message.index, message.number))
         self._send_chunks()  # at once, or the news of several steps would become one chunk
+
+    def _find_again(self, entry: Entry) -> None:
+        """Its adapter was not where it had been: somebody has tidied up, perhaps."""
+        request = entry.request
+        entry.unadapted = True
+        request.losses += request.job is None
+        if request.losses > MOST_LOSSES:
+            text = "the adapter could not be loaded, although it was made ready again: see the executor's log"
+            self._fail(request, Fault(code="adapter_error", message=text, field="adapter", actor="executor"))
+            return
+        self.admission.find_again(request)
 
     def _end(self, entry: Entry, reason: str, facts: dict[str, Any]) -> None:
         """A stream has come to its end."""

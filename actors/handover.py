@@ -50,6 +50,7 @@ class HandOver:
                 entry.handle, entry.attempt, resolved.prompt, entry.ids.tobytes(), resolved.limit, sampler_to_wire(entry.sampler), decode,
                 resolved.priority, resolved.tenant, self._salt(resolved.tenant), request.deadline,
                 request.queue_timeout if entry.attempt == 1 and not entry.ids else None,  # else it may have begun to run
+                request.adapter,
             )
         )  # fmt: skip
 

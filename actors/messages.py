@@ -6,7 +6,9 @@ fresh only if both are current. Times are seconds; those that are points in time
 
     client  ══ Hello, Generate, Cancel, Renew, List, Status, Control ══▶ gateway ══ Welcome, Accepted, Chunks, Failed, … ══▶ client
     gateway ── Encode ──▶ tokenizer ── Encoded ──▶ gateway ── Submit, Abort ──▶ scheduler ── Begin ──▶ gateway
-    scheduler ── Step ──▶ executor ── StepDone ──▶ scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway ── Journaled ──▶ scheduler
+    gateway ── Find, Manage ──▶ adapters ── Found, Managed ──▶ gateway; adapters ── Pin ──▶ scheduler
+    scheduler ── Step, Load ──▶ executor ── StepDone, Loaded ──▶ scheduler
+    scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway ── Journaled ──▶ scheduler
     every actor ── Up, Ready, Heartbeat, Died, Order ──▶ supervisor ── Peers, Vitals, Drain, Record, Stop ──▶ every actor
 """
 
@@ -123,9 +125,78 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
+class Find:
+    """To the adapters actor: have an adapter ready. `wish` is what a client asked for (`engine.lora.wish`), `token` its key to the source.
+    The gateway's incarnation is in the upper half of `job`."""
+
+    job: int
+    wish: dict[str, Any]
+    token: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """It is at `place`, `[digest, pages, path]`: BLAKE2b of its content, how many pages it takes, and the file that has them; or an
+    `error`."""
+
+    job: int
+    place: tuple[Any, ...]
+    error: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manage:
+    """To the adapters actor, from an operator: `load` a `source` under a `name`, `unload` it, `pin` or `unpin` it, `list` all."""
+
+    job: int
+    order: str
+    name: str
+    source: str | None
+    token: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Managed:
+    """What the adapters actor has: a map for each name; or an `error`."""
+
+    job: int
+    adapters: tuple[Any, ...]
+    error: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """To the scheduler: the adapters that are to stay on the device, all of them, `[digest, pages, path]` each."""
+
+    places: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """To the executor: put the adapter in the file `path` into `pages`. `number` is engine.lora.residency.Load's. Plans sent before may
+    still read what is there, none after does before `Loaded`."""
+
+    scheduler: int
+    executor: int
+    number: int
+    path: str
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """That is done, or has failed."""
+
+    scheduler: int
+    executor: int
+    number: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """The value of a request, from `HandOver.give`. `sampler` is engine.request.Sampler as a map; `decode` is for the detokenizer and
-    passes through the scheduler unread. `prompt` and `generated` are int32."""
+    passes through the scheduler unread. `prompt` and `generated` are int32. `adapter` is a place as in `Found`; empty: the base model."""
 
     handle: int
     attempt: int
@@ -139,6 +210,7 @@ class Submit:
     salt: bytes
     deadline: float | None
     queue_timeout: float | None
+    adapter: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +232,8 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """engine.plan.StepPlan on the wire; `fills` are `[slot, prompt_tokens, sampler map, history]`. `scheduler` and `executor` are the
-    incarnations that this plan is from and for."""
+    """engine.plan.StepPlan on the wire; `fills` are `[slot, prompt_tokens, sampler map, history, pages]`. `scheduler` and
+    `executor` are the incarnations that this plan is from and for."""
 
     scheduler: int
     executor: int
@@ -243,5 +315,6 @@ INSIDE = Catalogue(
     {
         1: Up, 2: Ready, 3: Heartbeat, 4: Died, 5: Peers, 6: Vitals, 7: Drain, 8: Stop, 9: Record, 10: Order,
         20: Encode, 21: Encoded, 22: Submit, 23: Abort, 24: Begin, 25: Step, 26: StepDone, 27: Emitted, 28: Released, 29: Journaled,
+        30: Find, 31: Found, 32: Manage, 33: Managed, 34: Pin, 35: Load, 36: Loaded,
     }
 )  # fmt: skip

@@ -33,6 +33,7 @@ ACTORS = {
     "scheduler": "penstock.actors.scheduler:SchedulerActor",
     "executor": "penstock.actors.executor:ExecutorActor",
     "detokenizer": "penstock.actors.detokenizer:DetokenizerActor",
+    "adapters": "penstock.actors.adapters:AdaptersActor",
 }
 
 

@@ -36,7 +36,7 @@ class Generate:
     """One request. Exactly one of `prompt`, `messages` and `ids` (int32) is given, or `resume`. `request` is the client's own id, unique
     among its open requests. `params` and `options` are the tables SamplingParams and PromptOptions. `deadline` and `queue_timeout`
     are seconds from now. `resume` is what a former `Accepted` returned as `resolved`, with `received`: for each stream the ids (int32)
-    that the client already has."""
+    that the client already has. `adapter` is a name or source, or a map (see PROTOCOL.md); `adapter_token` is what its source wants."""
 
     request: str
     prompt: str | None
@@ -44,12 +44,13 @@ class Generate:
     ids: bytes | None
     params: dict[str, Any]
     options: dict[str, Any]
-    adapter: str | None
+    adapter: str | dict[str, Any] | None
     priority: int
     tenant: str
     deadline: float | None
     queue_timeout: float | None
     resume: dict[str, Any] | None
+    adapter_token: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +136,21 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapters:
+    """What adapters are known by name (`list`), and an operator's orders: `load` what is at `source` under `name`, or again what is known
+    by it; `unload`, `pin`, `unpin`. Answered by a `Report` with `adapters`, a map each, when it is done, or with an `error`."""
+
+    query: int
+    order: str
+    name: str
+    source: str | None
+    token: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Goodbye:
     """The client leaves: its requests end now. From the gateway: the connection is not known there (any more); say Hello again."""
 
 
-TO_GATEWAY = Catalogue({1: Hello, 2: Generate, 3: Cancel, 4: Renew, 5: List, 6: Status, 7: Goodbye, 8: Control})
+TO_GATEWAY = Catalogue({1: Hello, 2: Generate, 3: Cancel, 4: Renew, 5: List, 6: Status, 7: Goodbye, 8: Control, 9: Adapters})
 TO_CLIENT = Catalogue({1: Welcome, 2: Accepted, 3: Chunks, 4: Failed, 5: Listing, 6: Report, 7: Goodbye})

@@ -15,7 +15,7 @@ from penstock.actors.door import BATCH, ROUTING_ID, Arrival, Door
 from penstock.actors.errors import Fault
 from penstock.actors.log import Log
 from penstock.actors.meter import Meter, Verdict
-from penstock.actors.protocol import Control, Failed, Generate, Goodbye, Hello, List, Renew, Report, Status, Welcome
+from penstock.actors.protocol import Adapters, Control, Failed, Generate, Goodbye, Hello, List, Renew, Report, Status, Welcome
 from penstock.actors.sessions import Session, Sessions
 from penstock.actors.wire import WireError
 
@@ -143,7 +143,7 @@ class Reception:
     def _may_ask(self, session: Session, message: Any, verdict: Verdict, now: float) -> bool:
         if isinstance(message, Generate):
             return verdict == "fine" and self._reads(session, now)
-        return not isinstance(message, List | Status | Control) or self._reads(session, now)
+        return not isinstance(message, List | Status | Control | Adapters) or self._reads(session, now)
 
     def _reads(self, session: Session, now: float) -> bool:
         """Whether a client reads its answers. If many wait and no chunks are on their way, as many empty ones follow as it must

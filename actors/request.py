@@ -38,6 +38,7 @@ class Entry:
     sent_pieces: int = 0
     sent_ids: int = 0
     stream: int = 0  # its number on the client's connection
+    unadapted: bool = False  # its adapter was not where it had been, and is looked for
     ended: tuple[str, dict[str, Any]] | None = None  # reason, facts
     told_end: bool = False
 
@@ -76,8 +77,11 @@ class OpenRequest:
     streams: int = 1  # its samples
     deadline: float | None = None
     queue_timeout: float | None = None
-    job: int | None = None  # of the tokenizer that has its prompt
+    job: int | None = None  # of who tokenizes its prompt, or finds its adapter
     resolved: Resolved | None = None
+    adapter: tuple[Any, ...] = ()  # where it is: see `messages.Found`
+    adapter_token: str | None = field(default=None, repr=False)
+    losses: int = 0  # of the adapter, from where it was
     received: list[array[int]] = field(default_factory=list)  # ids of each stream that its client brought along
     tokenized: float = 0.0
     entries: list[Entry] = field(default_factory=list)

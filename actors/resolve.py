@@ -14,6 +14,7 @@ import numpy as np
 
 from penstock.actors.columns import int32
 from penstock.actors.errors import Refusal
+from penstock.engine.lora.recipe import Wish
 from penstock.engine.params import HIGHEST_PRIORITY, LONGEST_NAME, InvalidParameter, SamplingParams
 from penstock.engine.request import BadWords, Sampler
 
@@ -37,6 +38,7 @@ class Model:
     dtype: str = "none"
     kv_dtype: str = "none"
     deterministic: bool = True
+    adapter_pages: int = 0  # on the device; 0: it serves no adapters
 
     @classmethod
     def from_facts(cls, executor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Self:
@@ -52,7 +54,19 @@ class Model:
             dtype=executor["dtype"],
             kv_dtype=executor["kv_dtype"],
             deterministic=executor["deterministic"],
+            adapter_pages=executor["adapters"]["pages"] if executor["adapters"] else 0,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """The adapter of a request: what was asked for, and `digest`, that of its content, hexadecimal."""
+
+    wish: Wish
+    digest: str
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"wish": self.wish.to_wire(), "digest": self.digest}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +75,7 @@ class Resolved:
 
     model: str
     tokenizer: str
-    adapter: str | None
+    adapter: Adapted | None
     prompt: bytes
     params: SamplingParams
     words: BadWords
@@ -70,7 +84,7 @@ class Resolved:
 
     def to_wire(self) -> dict[str, Any]:
         return {
-            "model": self.model, "tokenizer": self.tokenizer, "adapter": self.adapter, "prompt": self.prompt,
+            "model": self.model, "tokenizer": self.tokenizer, "adapter": self.adapter and self.adapter.to_wire(), "prompt": self.prompt,
             "params": self.params.to_wire(), "words": self.words, "priority": self.priority, "tenant": self.tenant,
         }  # fmt: skip
 
@@ -113,7 +127,7 @@ def resolve(
     words: BadWords,
     model: Model,
     *,
-    adapter: str | None,
+    adapter: Adapted | None,
     priority: int,
     tenant: str,
     seed: int,
@@ -148,7 +162,7 @@ def resolved_from_wire(values: object, model: Model) -> Resolved:
             text = f"the request was begun on another {name}: its digest is {theirs}, here it is {mine}"
             raise Refusal("digest_mismatch", text, field=f"resume.{name}", value=theirs, limit=mine)
     prompt, words = values.get("prompt"), values.get("words")
-    if not isinstance(prompt, bytes) or len(prompt) % 4 or values.get("adapter") is not None:
+    if not isinstance(prompt, bytes) or len(prompt) % 4:
         raise Refusal("invalid_request", "resume is not what Accepted returned", field="resume", limit="what Accepted returned")
     tenant, priority = check_standing(values.get("tenant"), values.get("priority"))
     try:
@@ -162,10 +176,28 @@ def resolved_from_wire(values: object, model: Model) -> Resolved:
     most = min(params.max_tokens, room(len(prompt) // 4, model))
     params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
     resolved = Resolved(
-        model=model.digest, tokenizer=model.tokenizer, adapter=None, prompt=prompt, params=params,
+        model=model.digest, tokenizer=model.tokenizer, adapter=adapted_from_wire(values.get("adapter")), prompt=prompt, params=params,
         words=checked, priority=priority, tenant=tenant,
     )  # fmt: skip
     return check(resolved, model)
+
+
+def adapted_from_wire(values: object) -> Adapted | None:
+    """Raises `Refusal`."""
+    if values is None:
+        return None
+    digest = values.get("digest") if isinstance(values, Mapping) else None
+    if not isinstance(values, Mapping) or not isinstance(digest, str):
+        raise Refusal("invalid_request", "resume.adapter is not what Accepted returned", field="resume.adapter")
+    return Adapted(read_wish(values.get("wish")), digest)
+
+
+def read_wish(value: object) -> Wish:
+    """Raises `Refusal`."""
+    try:
+        return Wish.from_wire(value)
+    except InvalidParameter as error:
+        raise Refusal("invalid_request", str(error), field=error.field, value=error.value, limit=error.limit) from error
 
 
 def room(prompt_tokens: int, model: Model) -> int:

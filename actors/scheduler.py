@@ -14,11 +14,11 @@ import numpy.typing as npt
 from penstock.actors.actor import EXECUTOR, GATEWAY, HEARTBEAT_S, Actor, Peer, PeerKey
 from penstock.actors.columns import int32, int64, request_from, result_from_done, step_from_plan, token_rows
 from penstock.actors.errors import Refusal
-from penstock.actors.messages import Abort, Begin, Emitted, Journaled, Record, StepDone, Submit
+from penstock.actors.messages import Abort, Begin, Emitted, Journaled, Load, Loaded, Pin, Record, StepDone, Submit
 from penstock.actors.recordings import keep, recordings_folder
 from penstock.engine.recorder import RecordedScheduler
 from penstock.engine.recording import encode
-from penstock.engine.request import Request
+from penstock.engine.request import Adapter, Request
 from penstock.engine.scheduler import Commit, Ended, Scheduler, SchedulerConfig
 
 Handles = TypeVar("Handles", int, npt.NDArray[np.int64])
@@ -42,7 +42,10 @@ class SchedulerActor(Actor):
         self.step_seconds = 0.0
         self.spent = 0.0  # CPU seconds of plan and commit since the last commit
         self.host_seconds: deque[float] = deque(maxlen=HOST_SAMPLES)
+        self.pinned: tuple[Adapter, ...] = ()
+        self.loads = 0  # of adapters, that were ordered
         self.handlers |= {Submit: self._submit, Abort: self._abort, StepDone: self._commit, Journaled: self._journaled}
+        self.handlers |= {Loaded: self._loaded, Pin: self._pin}
         self.handlers[Record] = lambda _: self._record("asked")
         self._forget_progress()
         return {}
@@ -54,6 +57,7 @@ class SchedulerActor(Actor):
             if self.scheduler is not None and not executor.facts.get("relieves"):
                 self.flying += self.scheduler.flying_handles()
             self.scheduler = self._new_scheduler(executor.facts)
+            self._repin((), self.pinned)
             self.opens.clear()
             self.commits.clear()
         needed = [EXECUTOR, GATEWAY, *(("detokenizer", index) for index in range(self.config.detokenizers))]
@@ -80,6 +84,7 @@ class SchedulerActor(Actor):
             max_model_len=facts["max_model_len"],
             prefix_cache=self.config.prefix_cache,
             quantum=(64 if facts["device"] == "cuda" else 16) if self.config.quantum is None else self.config.quantum,
+            adapter_pages=facts["adapters"]["pages"] if facts["adapters"] else 0,
         )
         if not self.config.record_ring:
             return Scheduler(config)
@@ -115,7 +120,8 @@ class SchedulerActor(Actor):
             self.scheduler.submit(request, time.monotonic())
         except ValueError as error:
             self.log.error("refused", handle=message.handle, error=str(error))
-            facts = {"error": f"the scheduler cannot run this request: {error}"}
+            code = "engine_fault" if self.scheduler.fits_adapter(request.adapter) else "adapter_error"
+            facts = {"error": f"the scheduler cannot run this request: {error}", "code": code}
             opened = (message.handle, message.attempt, message.decode, message.prompt, message.generated)
             index = detokenizer_of(message.handle, self.config.detokenizers)
             self._send(index, (opened,), b"", b"", b"", b"", ((message.handle, message.attempt, "error", facts),), (), ())
@@ -128,6 +134,28 @@ class SchedulerActor(Actor):
             for handle, attempt in zip(int64(message.handles).tolist(), int32(message.attempts).tolist(), strict=True):
                 if attempt in (0, self.scheduler.attempt(handle)):
                     self.scheduler.abort(handle, now)
+
+    def _loaded(self, message: Loaded) -> None:
+        if self.scheduler is None or message.executor != self.executor or message.scheduler != self.post.incarnation:
+            return  # from an executor, or for a scheduler, that is no more
+        if message.error is None:
+            self.scheduler.loaded(message.number, time.monotonic())
+        else:
+            self.log.error("adapter not loaded", error=message.error)
+            self.scheduler.lost(message.number, time.monotonic())
+
+    def _pin(self, message: Pin) -> None:
+        before, self.pinned = self.pinned, tuple([Adapter(*place) for place in message.places])
+        self._repin(before, self.pinned)
+
+    def _repin(self, before: tuple[Adapter, ...], now: tuple[Adapter, ...]) -> None:
+        if self.scheduler is None:
+            return
+        for digest in {adapter.digest for adapter in before} - {adapter.digest for adapter in now}:
+            self.scheduler.unpin(digest)
+        for adapter in now:
+            if not self.scheduler.pin(adapter, time.monotonic()):
+                self.log.error("no room to pin an adapter", digest=adapter.digest.hex(), pages=adapter.pages)
 
     def _commit(self, message: StepDone) -> None:
         if self.scheduler is None or message.executor != self.executor or message.scheduler != self.post.incarnation:
@@ -164,6 +192,9 @@ class SchedulerActor(Actor):
             begun = time.thread_time()
             plan = scheduler.plan(time.monotonic())
             self.spent += time.thread_time() - begun
+            for load in scheduler.take_loads():
+                self.loads += 1
+                self.mail.send(EXECUTOR, Load(self.post.incarnation, self.executor, load.number, load.adapter.path, load.pages))
             if plan is None:
                 return
             self.mail.send(EXECUTOR, step_from_plan(plan, self.post.incarnation, self.executor))
@@ -217,6 +248,8 @@ class SchedulerActor(Actor):
             "blocks_total": scheduler.config.blocks,
             "blocks_free": scheduler.pool.available,
             "step_seconds": self.step_seconds,
+            "adapters": scheduler.adapters(),
+            "adapter_loads": self.loads,
             **self._host_percentiles(),
         }
 

@@ -25,6 +25,15 @@ def list_requests(session: Session, now: float) -> list[dict[str, Any]]:
     ]
 
 
+def list_adapters(rows: tuple[dict[str, Any], ...], vitals: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """What the adapters actor knows by name, and of those that are wanted or on the device what the scheduler knows, at most a second
+    old: `state` resident, loading or waiting; streams `running` and `waiting`; `tokens` served since it was wanted first."""
+    scheduler: dict[str, Any] = next((row[6] for row in vitals if row[0] == "scheduler"), {})
+    there = {digest: (state, running, waiting, tokens) for digest, state, running, waiting, tokens in scheduler.get("adapters", ())}
+    names = "state", "running", "waiting", "tokens"
+    return [{**row, **dict(zip(names, there.get(row.get("digest", ""), ()), strict=False))} for row in rows]
+
+
 def status_report(state: str, model: Model | None, counts: dict[str, int], clients: int, vitals: tuple[Any, ...]) -> dict[str, Any]:
     """The engine's report. `counts` are the gateway's, `vitals` the supervisor's rows `[kind, index, incarnation, state, pid,
     progress, load]`, at most a second old."""

@@ -271,7 +271,7 @@ class Connection:
         if message.request is None:
             if isinstance(error, VersionMismatch):
                 return self._break(error, now)
-            orders = [query for query in self._queries.values() if isinstance(query.message, wire.Control)]
+            orders = [query for query in self._queries.values() if isinstance(query.message, wire.Control | wire.Adapters)]
             if error.code == "unknown_message" and orders:  # the engine is older than orders are
                 for query in orders:
                     self._fail_one(query, error, now)

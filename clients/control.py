@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from penstock.actors.orders import name_of, read_name
-from penstock.actors.protocol import Control, Status
+from penstock.actors.protocol import Adapters, Control, Status
 
 EVERY_S = 0.05  # between looks at an actor that is being replaced
 
 
 def drain(query: int) -> Control:
     return Control(query, "drain", "", 0)
+
+
+def adapter_order(order: str, name: str = "", source: str | None = None, token: str | None = None) -> Callable[[int], Adapters]:
+    """The question for an order about adapters."""
+    return lambda query: Adapters(query, order, name, source, token)
+
+
+def row_of(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of one adapter, in the answer."""
+    return next((dict(row) for row in report["adapters"] if row["name"] == name), {"name": name})
 
 
 class Restart:

@@ -5,6 +5,7 @@
     │   ├── PromptTooLong        the prompt does not fit the context, or can never fit the KV cache
     │   ├── DuplicateRequest     the client has an open request of this id
     │   ├── UnknownAdapter       no adapter of this name is configured
+    │   ├── AdapterError         the adapter cannot be had from its source, is broken, not supported, or made for another model
     │   ├── TemplateError        the chat template is missing, or raised on these messages
     │   ├── DigestMismatch       a saved request was begun on another model, tokenizer or adapter
     │   ├── MessageTooLarge      the message has too many bytes or elements, or is nested too deeply
@@ -99,6 +100,13 @@ class UnknownAdapter(InvalidRequest):
     """No adapter of this name is configured."""
 
     default_code = "unknown_adapter"
+
+
+class AdapterError(InvalidRequest):
+    """The adapter cannot be had from its source, is broken, not supported, or made for another model: `limit` says which. Where trying
+    again may help, `retryable` is set."""
+
+    default_code = "adapter_error"
 
 
 class TemplateError(InvalidRequest):
@@ -212,7 +220,7 @@ class OutputError(PenstockError):
 
 
 _KINDS: tuple[type[PenstockError], ...] = (
-    InvalidRequest, PromptTooLong, DuplicateRequest, UnknownAdapter, TemplateError, DigestMismatch, MessageTooLarge, NotFound,
+    InvalidRequest, PromptTooLong, DuplicateRequest, UnknownAdapter, AdapterError, TemplateError, DigestMismatch, MessageTooLarge, NotFound,
     Overloaded, Unavailable, Draining, LeaseExpired, ConnectionLost, EngineFault, ProtocolError, VersionMismatch, Unauthorized, StartError,
     ModelError,
 )  # fmt: skip

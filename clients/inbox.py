@@ -208,16 +208,18 @@ class Inbox:
         }
 
 
-def restore(saved: Mapping[str, Any], wake: Callable[[], None], now: float) -> Inbox:
-    """An inbox that carries on from what `Inbox.save` returned. Raises `InvalidRequest` if that is not what it is given."""
+def restore(saved: Mapping[str, Any], wake: Callable[[], None], now: float, token: str | None = None) -> Inbox:
+    """An inbox that carries on from what `Inbox.save` returned, which has no `token` of its adapter's source. Raises `InvalidRequest` if
+    that is not what it is given."""
     try:
         if saved["version"] != SAVED_VERSION:
             raise ValueError(f"version {saved['version']}")
         resolved = None if saved["resolved"] is None else _unpack(saved["resolved"])
         prompt, messages, ids, params, options, adapter = (None, None, None, {}, {}, None) if resolved else _unpack(saved["order"])
         order = Generate(
-            saved["request"], prompt, messages, ids, params, options, adapter, saved["priority"], saved["tenant"], None, None, resolved
-        )
+            saved["request"], prompt, messages, ids, params, options, adapter, saved["priority"], saved["tenant"], None, None, resolved,
+            token,
+        )  # fmt: skip
         inbox = Inbox(order, wake, now)
         inbox.wants_logprobs = bool(saved["logprobs"])
         for index, sample in enumerate(saved["samples"]):

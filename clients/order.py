@@ -12,14 +12,16 @@ from typing import Any
 from penstock.actors.protocol import TO_GATEWAY, Generate
 from penstock.actors.wire import Limits, WireError
 from penstock.clients.errors import InvalidRequest, MessageTooLarge, from_parameter
+from penstock.engine.lora.recipe import Wish
 from penstock.engine.params import HIGHEST_PRIORITY, LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
 
+LONGEST_TOKEN = 8192  # characters of what a source of adapters wants
 Prompt = str | Iterable[int]
 Message = Mapping[str, Any]
 
 _OPTIONS = frozenset(spec.name for spec in fields(PromptOptions))
 _SAMPLING = frozenset(spec.name for spec in fields(SamplingParams))
-_ORDER = frozenset(("request", "adapter", "priority", "tenant", "deadline", "queue_timeout"))
+_ORDER = frozenset(("request", "adapter", "adapter_token", "priority", "tenant", "deadline", "queue_timeout"))
 _ROLE = "a non-empty list of maps, each with a role (text) and content"
 
 
@@ -29,7 +31,8 @@ def build(
     messages: Sequence[Message] | None = None,
     params: SamplingParams | None = None,
     request: str | None = None,
-    adapter: str | None = None,
+    adapter: str | Mapping[str, Any] | None = None,
+    adapter_token: str | None = None,
     priority: int = 0,
     tenant: str = "",
     deadline: float | None = None,
@@ -38,7 +41,9 @@ def build(
 ) -> Generate:
     """The message for one request. `prompt` is text or token ids, or `messages` a chat. `more` are fields of `SamplingParams` (over those
     of `params`) and of `PromptOptions`. `deadline` and `queue_timeout` are seconds from now; higher `priority` runs first; `request` is
-    the caller's own id, unique among its open requests. Raises `InvalidRequest` naming the field, the value and the limit."""
+    the caller's own id, unique among its open requests. `adapter` is the name of a LoRA adapter, its source, or several to be merged:
+    `{"merge": ["a", "b"], "weights": [0.7, 0.3], "method": "ties", "density": 0.5}`; `adapter_token` is what its source wants. Raises
+    `InvalidRequest` naming the field, the value and the limit."""
     if (prompt is None) == (messages is None):
         raise refuse("prompt", prompt, "given, or messages: exactly one of the two")
     text, ids = (prompt, None) if prompt is None or isinstance(prompt, str) else (None, _ids(prompt))
@@ -55,9 +60,10 @@ def build(
             more = {**params.to_wire(), **more}
         sampling = SamplingParams(**more) if params is None or more else params
         option_map = PromptOptions(**options).to_wire() if options else {}
+        wish = None if adapter is None else Wish.from_wire(adapter).to_wire()
     except InvalidParameter as error:
         raise from_parameter(error) from None
-    for name, value, least in (("request", request, 1), ("adapter", adapter, 1), ("tenant", tenant, 0)):
+    for name, value, least in (("request", request, 1), ("tenant", tenant, 0)):
         if (value is not None or name == "tenant") and not (isinstance(value, str) and least <= len(value) <= LONGEST_NAME):
             raise refuse(name, value, f"a text of {least} to {LONGEST_NAME} characters")
     deadline = None if deadline is None else check_positive("deadline", deadline)
@@ -65,8 +71,8 @@ def build(
     if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > HIGHEST_PRIORITY:
         raise refuse("priority", priority, f"an integer from {-HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}")
     return Generate(
-        request or uuid.uuid4().hex, text, _messages(messages), ids, sampling.to_wire(), option_map, adapter, priority, tenant,
-        deadline, queue_timeout, None,
+        request or uuid.uuid4().hex, text, _messages(messages), ids, sampling.to_wire(), option_map, wish, priority, tenant,
+        deadline, queue_timeout, None, check_token(adapter_token),
     )  # fmt: skip
 
 
@@ -85,6 +91,13 @@ def encode(order: Generate, limits: Limits | None) -> bytes:
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise refuse("request", str(error), "made of text (valid Unicode), numbers, lists and maps") from error
     return frame
+
+
+def check_token(token: str | None) -> str | None:
+    """What a source wants. It is not shown. Raises `InvalidRequest`."""
+    if token is not None and not (isinstance(token, str) and 0 < len(token) <= LONGEST_TOKEN):
+        raise refuse("adapter_token", "…", f"a text of 1 to {LONGEST_TOKEN} characters")
+    return token
 
 
 def check_positive(name: str, value: Any, limit: str = "a number of seconds above 0") -> float:

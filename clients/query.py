@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from penstock.actors.protocol import Control, List, Status
+from penstock.actors.protocol import Adapters, Control, List, Status
 from penstock.clients.errors import PenstockError
 
-Question = List | Status | Control
+Question = List | Status | Control | Adapters
 
 
 class Query:

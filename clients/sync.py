@@ -13,11 +13,11 @@ from typing import Any, Self
 from penstock.actors.protocol import Generate, List, Status
 from penstock.clients.address import default_address
 from penstock.clients.connection import Connection
-from penstock.clients.control import EVERY_S, Restart, drain
+from penstock.clients.control import EVERY_S, Restart, adapter_order, drain, row_of
 from penstock.clients.errors import ClientClosed
 from penstock.clients.inbox import Inbox, restore
 from penstock.clients.link import Keys
-from penstock.clients.order import Message, Prompt, build, check_positive, refuse
+from penstock.clients.order import Message, Prompt, build, check_positive, check_token, refuse
 from penstock.clients.query import Question
 from penstock.clients.sync_map import map_prompts
 from penstock.clients.sync_stream import Stream
@@ -89,8 +89,8 @@ class Client:
 
     def stream(self, prompt: Prompt, **params: Any) -> Stream:
         """Begin a request and read it as it runs. `prompt` is text, or token ids. `params` are the fields of `SamplingParams` and
-        `PromptOptions` (or `params=SamplingParams(…)`), and `request` (an id of your own), `adapter`, `priority` (higher runs first),
-        `tenant`, `deadline` and `queue_timeout` (seconds). Raises `InvalidRequest`; all else is raised by the stream."""
+        `PromptOptions` (or `params=SamplingParams(…)`), and `request` (an id of your own), `adapter` and `adapter_token`, `priority`
+        (higher runs first), `tenant`, `deadline` and `queue_timeout` (seconds). Raises `InvalidRequest`; all else is raised by the stream."""
         return self._stream(build(prompt, **self._defaults(params)))
 
     def generate(self, prompt: Prompt, **params: Any) -> Completion:
@@ -105,11 +105,12 @@ class Client:
         """Like `generate`, for a chat."""
         return self.chat_stream(messages, **params).completion()
 
-    def resume(self, saved: Mapping[str, Any]) -> Stream:
+    def resume(self, saved: Mapping[str, Any], *, adapter_token: str | None = None) -> Stream:
         """Carry on from `stream.save()`, in this program or another, on an engine with the same model (another fails it with
-        `DigestMismatch`): the stream gives what comes after what was saved, and its completion is whole. Raises `InvalidRequest`."""
+        `DigestMismatch`): the stream gives what comes after what was saved, and its completion is whole. `adapter_token` is what the source
+        of its adapter wants: that is not saved. Raises `InvalidRequest`."""
         pump, bell = self._here(), threading.Event()
-        inbox = restore(saved, bell.set, time.monotonic())
+        inbox = restore(saved, bell.set, time.monotonic(), check_token(adapter_token))
         pump.start(inbox)
         return Stream(pump, inbox, bell)
 
@@ -124,6 +125,28 @@ class Client:
     def status(self) -> dict[str, Any]:
         """The engine's report: state, model, requests, tokens, scheduler, actors."""
         return dict(self._ask(Status))
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """The adapters that the engine knows by name: name, source, state (cold, loading, host or failed; and of those that requests want:
+        waiting, loading, resident or draining), pinned, and once they are known digest, rank, pages, and the streams and tokens."""
+        return [dict(row) for row in (self._ask(adapter_order("list")))["adapters"]]
+
+    def load_adapter(self, name: str, source: str | None = None, *, token: str | None = None) -> dict[str, Any]:
+        """Make ready what is at a source, under a name, which may be new or in use: streams that have begun go on with what they have.
+        Without a source: what is there now at that of the name. `token` is what the source wants, of every request by this name from now
+        on. Returns its row of `adapters`. Raises `AdapterError`, and `Unauthorized` as `drain` does."""
+        rows = self._ask(adapter_order("load", name, source, check_token(token)))
+        return row_of(rows, name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a name. Streams that have begun go on. Raises `UnknownAdapter`, and `Unauthorized` as `drain` does."""
+        self._ask(adapter_order("unload", name))
+
+    def pin_adapter(self, name: str, pinned: bool = True) -> dict[str, Any]:
+        """Keep an adapter on the device, or no longer. At most half of the pages can be pinned. Returns its row of `adapters`. Raises
+        `UnknownAdapter`, `AdapterError`, `InvalidRequest` if it does not fit, and `Unauthorized` as `drain` does."""
+        rows = self._ask(adapter_order("pin" if pinned else "unpin", name))
+        return row_of(rows, name)
 
     def drain(self) -> int:
         """Have the engine finish what is open, refuse what is new with `Draining`, and then end. Returns how many requests are open, once

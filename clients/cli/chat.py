@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from penstock.clients.cli.keys import Key, ServerKey, given_keys
-from penstock.clients.cli.options import only_given, with_tables
+from penstock.clients.cli.options import Adapter, AdapterToken, only_given, with_tables
 from penstock.clients.cli.report import reported, stderr, stdout
 from penstock.clients.cli.status import Address, Timeout
 from penstock.clients.errors import InvalidRequest, PenstockError
@@ -24,6 +24,8 @@ _HELP = "[dim]/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops
 def chat(
     address: Address = None,
     system: Annotated[str | None, typer.Option(help="what the model is told first", show_default=False)] = None,
+    adapter: Adapter = None,
+    adapter_token: AdapterToken = None,
     timeout: Timeout = 5.0,
     key: Key = None,
     server_key: ServerKey = None,
@@ -33,7 +35,7 @@ def chat(
     first = [{"role": "system", "content": system}] if system else []
     messages: list[dict[str, str]] = list(first)
     with reported(), Client(address, name="chat", connect_timeout=timeout, keys=given_keys(key, server_key)) as client:
-        params = only_given(given)
+        params = only_given({**given, "adapter": adapter, "adapter_token": adapter_token})
         if sys.stdin.isatty():
             stdout().print(f"[bold]{client.model.get('name', '')}[/]  {_HELP}")
         while (said := _read()) is not None:

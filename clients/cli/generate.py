@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from penstock.clients.cli.keys import Key, ServerKey, given_keys
-from penstock.clients.cli.options import only_given, with_tables
+from penstock.clients.cli.options import Adapter, AdapterToken, only_given, with_tables
 from penstock.clients.cli.report import reported, stderr
 from penstock.clients.cli.status import Address, Timeout
 from penstock.clients.errors import InvalidRequest
@@ -41,6 +41,8 @@ def generate(
     in_order: Annotated[bool, typer.Option("--in-order/--as-completed", help="the order of results")] = True,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="put token ids into the results")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a message to a chat model")] = False,
+    adapter: Adapter = None,
+    adapter_token: AdapterToken = None,
     timeout: Timeout = 5.0,
     key: Key = None,
     server_key: ServerKey = None,
@@ -52,7 +54,7 @@ def generate(
         if (prompt is None) == (input is None) or (input is None) != (output is None):
             raise InvalidRequest("give a prompt, or --input and --output")
         with Client(address, name="generate", connect_timeout=timeout, keys=given_keys(key, server_key)) as client:
-            params = only_given(given)
+            params = only_given({**given, "adapter": adapter, "adapter_token": adapter_token})
             if input is not None and output is not None:
                 _batch(client, input, output, fresh, concurrency, in_order, token_ids, params)
             else:

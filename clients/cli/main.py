@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from penstock.clients.bench.command import app as bench
+from penstock.clients.cli.adapters import app as adapters
 from penstock.clients.cli.chat import chat
 from penstock.clients.cli.control import drain, restart
 from penstock.clients.cli.demo import demo
@@ -28,6 +29,7 @@ for command in (serve, generate, chat, status, drain, restart, replay, demo):
 
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
+app.add_typer(adapters, name="adapters")
 
 
 def main() -> None:

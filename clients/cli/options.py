@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -39,6 +39,15 @@ def with_tables(*tables: type[Any], panels: tuple[str, ...], skip: tuple[str, ..
     return decorate
 
 
+Adapter = Annotated[
+    str | None, typer.Option(help="the name of a LoRA adapter, or its source", rich_help_panel="Prompt", show_default=False)
+]
+AdapterToken = Annotated[
+    str | None,
+    typer.Option(help="what its source wants", envvar="PENSTOCK_ADAPTER_TOKEN", rich_help_panel="Prompt", show_default=False),
+]
+
+
 def only_given(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields whose options were used. Raises `InvalidRequest` for a bias or a template variable that cannot be read."""
     values = {name: value for name, value in given.items() if value is not None and value != []}
@@ -68,7 +77,7 @@ def _option(spec: Any, kind: Any, panel: str) -> Any:
     shown = "" if spec.default in (None, (), MISSING) or spec.default is False else f" [dim]\\[default: {spec.default}][/dim]"
     note = {"logit_bias": " (ID:BIAS)", "template_kwargs": " (NAME=VALUE)"}.get(spec.name, "")
     several = "; may be repeated" if typing.get_origin(kind) is list else ""
-    flag = "--" + spec.name.replace("_", "-")
+    flag = "--" + (spec.metadata.get("flag") or spec.name.replace("_", "-"))
     name = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     return typer.Option(None, name, help=spec.metadata["help"] + note + several + shown, rich_help_panel=panel, show_default=False)
 

@@ -39,7 +39,8 @@ class RawClient:
             self.socket.send(message if isinstance(message, bytes) else TO_GATEWAY.encode(message), zmq.NOBLOCK)
 
     def generate(self, request: str, **values: Any) -> None:
-        fields = {"prompt": None, "messages": None, "ids": None, "params": {}, "options": {}, "adapter": None, "priority": 0}
+        fields = {"prompt": None, "messages": None, "ids": None, "params": {}, "options": {}, "adapter": None, "adapter_token": None}
+        fields |= {"priority": 0}
         fields |= {"tenant": "", "deadline": None, "queue_timeout": None, "resume": None}
         self.send(Generate(request, **(fields | values)))
 

@@ -130,7 +130,7 @@ def test_the_largest_expansion_within_the_limits_stays_small() -> None:
 
 
 def test_field_types_follow_the_dataclass() -> None:
-    good = Generate("r", None, None, b"", {}, {}, None, 0, "", 1.5, None, None)
+    good = Generate("r", None, None, b"", {}, {}, None, 0, "", 1.5, None, None, None)
     assert TO_GATEWAY.decode_untrusted(TO_GATEWAY.encode(good), Limits()) == good
     with pytest.raises(WireError, match=r"Hello\.client is of type int"):
         TO_GATEWAY.decode_untrusted(msgpack.packb([VERSION, 1, 5, "n"]), Limits())

@@ -63,7 +63,7 @@ class Comer:
         prompt = f"{request} of {self._name}" if draw.random() < 0.5 else None
         ids = None if prompt else array("i", [draw.randrange(3, 2000) for _ in range(draw.randint(1, 200))]).tobytes()
         params = {"max_tokens": draw.choice((1, 20, 300)), "n": draw.choice((1, 1, 1, 3))}
-        return Generate(request, prompt, None, ids, params, {}, None, 0, self._name, None, None, None)
+        return Generate(request, prompt, None, ids, params, {}, None, 0, self._name, None, None, None, None)
 
     async def _say(self, message: Any) -> None:
         await self._socket.send(TO_GATEWAY.encode(message))

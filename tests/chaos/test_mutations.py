@@ -23,7 +23,8 @@ from .onethread import DOOR, OneThread
 
 IN_PROCESS, OVER_SOCKETS = 100_000, 5_000
 AT_ONCE = 16
-PLAIN = Generate("first", None, None, array("i", range(2, 20)).tobytes(), {"max_tokens": 20, "seed": 1}, {}, None, 0, "", None, None, None)
+IDS = array("i", range(2, 20)).tobytes()
+PLAIN = Generate("first", None, None, IDS, {"max_tokens": 20, "seed": 1}, {}, None, 0, "", None, None, None, None)
 
 
 @pytest.fixture

@@ -234,7 +234,7 @@ def test_a_client_that_vanishes_leaves_nothing_open(mock_address: str, client: C
     dealer = raw(mock_address)
     dealer.send(TO_GATEWAY.encode(wire.Hello("vanishing", "")))
     assert isinstance(TO_CLIENT.decode(dealer.recv()), wire.Welcome)
-    order = wire.Generate("r", None, None, bytes(8), {"max_tokens": 30_000, "ignore_eos": True}, {}, None, 0, "", None, None, None)
+    order = wire.Generate("r", None, None, bytes(8), {"max_tokens": 30_000, "ignore_eos": True}, {}, None, 0, "", None, None, None, None)
     dealer.send(TO_GATEWAY.encode(order))
     assert isinstance(TO_CLIENT.decode(dealer.recv()), wire.Accepted)
     dealer.close()
