@@ -49,7 +49,7 @@ class AdaptersActor(Actor):
         self.library = Library(config, Path(self.post.directory) / "adapters.json")
         self.folder = Path(config.adapter_cache) if config.adapter_cache else cache_folder() / "adapters"
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.pages = 0
+        self.facts: dict[str, Any] | None = None  # what the executor's device has: see `Preparer`
         self.preparer: Future[Preparer] | None = None
         self.early: list[Find | Manage] = []  # that came before it was known what to prepare for
         self.versions: dict[Key, tuple[float, Version]] = {}  # when it was known to be what a source has
@@ -70,11 +70,8 @@ class AdaptersActor(Actor):
 
     def met(self, before: dict[PeerKey, Peer]) -> None:
         executor, scheduler = self.peers.get(EXECUTOR), self.peers.get(SCHEDULER)
-        if self.preparer is None and executor is not None and executor.ready and executor.facts["adapters"]:
-            facts, config = executor.facts["adapters"], self.config
-            self.pages = facts["pages"]
-            limits = Limits(file_bytes=config.adapter_size, total=config.adapter_timeout)
-            self.preparer = self.pool.submit(Preparer, facts, self.folder, config.adapter_disk, limits)
+        if self.facts is None and executor is not None and executor.ready and executor.facts["adapters"]:
+            self.facts = executor.facts["adapters"]
             early, self.early = self.early, []
             for message in early:
                 self.handlers[type(message)](message)
@@ -104,7 +101,7 @@ class AdaptersActor(Actor):
     # ── what requests ask for ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _find(self, message: Find) -> None:
-        if self.preparer is None:
+        if self.facts is None:
             self.early.append(message)
             return
 
@@ -159,15 +156,17 @@ class AdaptersActor(Actor):
             then(None, fault)
             return
         self.asked[key] = [then]
-        self.pool.submit(self._work, key, work)
+        if self.preparer is None and self.facts is not None:  # not before: it takes seconds of CPU, and many an engine never needs it
+            limits = Limits(file_bytes=self.config.adapter_size, total=self.config.adapter_timeout)
+            self.preparer = self.pool.submit(Preparer, self.facts, self.folder, self.config.adapter_disk, limits)
+        if self.preparer is not None:
+            self.pool.submit(self._work, key, work, self.preparer)
 
-    def _work(self, key: Key, work: Callable[[Preparer], Version]) -> None:
+    def _work(self, key: Key, work: Callable[[Preparer], Version], preparer: Future[Preparer]) -> None:
         """On a thread."""
         version, fault = None, None
         try:
-            if self.preparer is None:
-                raise RuntimeError("the executor is not known")
-            version = work(self.preparer.result())
+            version = work(preparer.result())
         except SourceError as error:
             fault = Fault(code="adapter_error", message=error.message, field="adapter", limit=error.code, retryable=error.retry)
         except AdapterError as error:
@@ -188,7 +187,7 @@ class AdaptersActor(Actor):
     # ── what operators order ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _manage(self, message: Manage) -> None:
-        if self.preparer is None:
+        if self.facts is None:
             self.early.append(message)
             return
         try:
@@ -247,9 +246,10 @@ class AdaptersActor(Actor):
         def then(version: Version | None, fault: Fault | None) -> None:
             if version is not None:
                 others = sum(pages for digest, pages, _ in self._pins() if digest.hex() != version.digest)
-                if others + version.pages > self.pages // 2:
+                most = (self.facts["pages"] if self.facts is not None else 0) // 2
+                if others + version.pages > most:
                     text = f"{others} pages are pinned, and {message.name!r} takes {version.pages}: others must fit beside them"
-                    fault = Fault(code="invalid_request", message=text, field="adapter", limit=f"{self.pages // 2} pages")
+                    fault = Fault(code="invalid_request", message=text, field="adapter", limit=f"{most} pages")
                 else:
                     self.library.put(message.name, replace(title, pinned=True, version=version.digest))
                     self._send_pins()

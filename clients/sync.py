@@ -90,7 +90,8 @@ class Client:
     def stream(self, prompt: Prompt, **params: Any) -> Stream:
         """Begin a request and read it as it runs. `prompt` is text, or token ids. `params` are the fields of `SamplingParams` and
         `PromptOptions` (or `params=SamplingParams(…)`), and `request` (an id of your own), `adapter` and `adapter_token`, `priority`
-        (higher runs first), `tenant`, `deadline` and `queue_timeout` (seconds). Raises `InvalidRequest`; all else is raised by the stream."""
+        (higher runs first), `tenant`, `deadline` and `queue_timeout` (seconds). Raises `InvalidRequest`; all else is raised by the
+        stream."""
         return self._stream(build(prompt, **self._defaults(params)))
 
     def generate(self, prompt: Prompt, **params: Any) -> Completion:

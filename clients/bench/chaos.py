@@ -22,9 +22,9 @@ from penstock.clients.bench.load import Load, Watch, mixed
 from penstock.clients.bench.measure import percentile
 from penstock.clients.bench.offline import engine
 from penstock.clients.bench.verdict import DIVERGED, LOST, REPEATED, TIED
-from penstock.clients.errors import InvalidRequest, PenstockError
+from penstock.clients.errors import InvalidRequest, PenstockError, UnknownAdapter
 
-KINDS = ("executor", "scheduler", "tokenizer", "detokenizer", "gateway")
+KINDS = ("executor", "scheduler", "tokenizer", "detokenizer", "gateway", "adapters")  # the last only where there are any
 PATIENCE_S = 300.0  # for an engine to be whole again: a large model has to be loaded anew
 _LOOK_S = 0.1
 _LATER_S = 0.6  # a second kill comes within this time, if the first one's victim is to be still away
@@ -56,16 +56,18 @@ async def chaos(
     with tempfile.TemporaryDirectory(prefix="penstock-chaos-") as folder:
         log = Path(config.setdefault("log_file", str(Path(folder) / "log.jsonl")))
         async with engine(model or "tiny", **config) as (client, _):
-            vocab, facts = int(client.model["vocab_size"]), (await client.status())["model"]
-            dtype, deterministic = facts["dtype"], facts["deterministic"]
+            vocab, status = int(client.model["vocab_size"]), await client.status()
+            dtype, deterministic = status["model"]["dtype"], status["model"]["deterministic"]
+            present = {row["kind"] for row in status["actors"]}
+            adapters = [] if mock else await known_adapters(client)
             # Without log-probabilities there are no ties.
-            orders = mixed(streams, output or (6000 if mock else 160), vocab, logprobs=not deterministic)
+            orders = mixed(streams, output or (6000 if mock else 160), vocab, adapters, logprobs=not deterministic)
             load = Load(client, orders, vocab, exact=deterministic or dtype == "float32")
             await load.measure()
             parting = await load.part()
             begun = time.perf_counter()
             with load.running() as tasks:
-                blows = await _kill(client, load, kills, random.Random(seed), tuple(kinds or KINDS))
+                blows = await _kill(client, load, kills, random.Random(seed), present, kinds)
             await tasks
             seconds = time.perf_counter() - begun
             report = await idle(client)
@@ -79,7 +81,7 @@ async def chaos(
         "blows": [list(blow.kinds) for blow in blows], "open_streams": [len(blow.seconds) for blow in blows],
         "recovery_first_s": [min(blow.seconds, default=None) for blow in blows],
         "recovery_last_s": [max(blow.seconds, default=None) for blow in blows],
-        "killed": {kind: sum(blow.kinds.count(kind) for blow in blows) for kind in KINDS},
+        "killed": {kind: sum(blow.kinds.count(kind) for blow in blows) for kind in KINDS if kind in present},
         "together": sum(len(blow.kinds) > 1 for blow in blows), "strange_deaths": strange, "odd": load.odd,
         "open": report["requests"]["open"],
         "blocks_held": report["scheduler"]["blocks_total"] - report["scheduler"]["blocks_free"],
@@ -100,36 +102,46 @@ async def idle(client: AsyncClient, seconds: float = PATIENCE_S) -> dict[str, An
         await asyncio.sleep(_LOOK_S)
 
 
-async def _kill(client: AsyncClient, load: Load, kills: int, draw: random.Random, choice: tuple[str, ...]) -> list[Blow]:
+async def known_adapters(client: AsyncClient) -> list[str]:
+    """Names; none of an engine that serves no adapters."""
+    try:
+        return [row["name"] for row in await client.adapters()]
+    except UnknownAdapter:
+        return []
+
+
+async def _kill(client: AsyncClient, load: Load, kills: int, draw: random.Random, present: set[str], kinds: list[str] | None) -> list[Blow]:
+    choice = tuple(kinds or (kind for kind in KINDS if kind in present))
     blows: list[Blow] = []
     gone: dict[tuple[str, int], int] = {}  # whom the last blow met, and which incarnation that was
     done = 0
     while done < kills:
-        crew = await _whole(client, gone)
+        crew = await _whole(client, present, gone)
         await asyncio.sleep(draw.uniform(0, 0.4))
         style = draw.choices(("one", "two", "later"), (70, 15, 15))[0]
-        kinds = draw.sample(choice, 1 if style == "one" or len(choice) == 1 else 2)
-        victims = [draw.choice([row for row in crew if row["kind"] == kind]) for kind in kinds]
+        chosen = draw.sample(choice, 1 if style == "one" or len(choice) == 1 else 2)
+        victims = [draw.choice([row for row in crew if row["kind"] == kind]) for kind in chosen]
         watches = load.watch()
         for row in victims:
             if style == "later" and row is not victims[0]:
                 await asyncio.sleep(draw.uniform(0, _LATER_S))
             os.kill(row["pid"], signal.SIGKILL)
         gone = {(row["kind"], row["index"]): row["incarnation"] for row in victims}
-        blows.append(Blow(tuple(kinds), watches))
-        done += len(kinds)
-    await _whole(client, gone)
+        blows.append(Blow(tuple(chosen), watches))
+        done += len(chosen)
+    await _whole(client, present, gone)
     return blows
 
 
-async def _whole(client: AsyncClient, gone: Mapping[tuple[str, int], int]) -> list[dict[str, Any]]:
-    """The actors, once all are ready and those of `gone` have been replaced. Raises `PenstockError` if that takes too long."""
+async def _whole(client: AsyncClient, present: set[str], gone: Mapping[tuple[str, int], int]) -> list[dict[str, Any]]:
+    """The actors, once all that are to be `present` are ready and those of `gone` have been replaced. Raises `PenstockError` if that takes
+    too long."""
     end = time.monotonic() + PATIENCE_S
     while True:
         crew: list[dict[str, Any]] = (await client.status())["actors"]
         now = {(row["kind"], row["index"]): row for row in crew}
         replaced = all(key in now and now[key]["incarnation"] > incarnation for key, incarnation in gone.items())
-        if replaced and {row["kind"] for row in crew} == set(KINDS) and all(row["state"] == "ready" for row in crew):
+        if replaced and {row["kind"] for row in crew} == present and all(row["state"] == "ready" for row in crew):
             return crew
         if time.monotonic() > end:
             raise PenstockError(f"the engine was not whole again after {PATIENCE_S:g} s: {crew}")

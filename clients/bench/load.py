@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,14 +28,17 @@ class Order:
     params: dict[str, Any]
 
 
-def mixed(streams: int, output: int, vocab: int, *, logprobs: bool) -> list[Order]:
-    """Texts and ids in turn, a half of each greedy and a half seeded, `output` tokens at most and a quarter of that at least."""
+def mixed(streams: int, output: int, vocab: int, adapters: Sequence[str] = (), *, logprobs: bool) -> list[Order]:
+    """Texts and ids in turn, a half of each greedy and a half seeded, `output` tokens at most and a quarter of that at least; with the base
+    model and each of `adapters` in turn."""
     draw = random.Random(0)
     orders = []
     for number in range(streams):
         ids = [draw.randrange(vocab // 4, vocab // 2) for _ in range(20 + number)]
         params: dict[str, Any] = {"max_tokens": draw.randint(output // 4, output), "ignore_eos": True, "seed": number}
         params |= {"temperature": 0.0 if number % 4 < 2 else 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        if adapters and number % (len(adapters) + 1):
+            params["adapter"] = adapters[number % (len(adapters) + 1) - 1]
         orders.append(Order(f"{number} {WORDS}" if number % 2 else ids, params | ({"logprobs": 0} if logprobs else {})))
     return orders
 

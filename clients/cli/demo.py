@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from penstock.clients.aio import AsyncClient
+from penstock.clients.bench.chaos import known_adapters
 from penstock.clients.cli.report import reported, stdout
+from penstock.clients.cli.side_by_side import MOST, QUESTION, answers, show
 from penstock.clients.launcher import alaunch
 
 _OPENING = "The Python tutorial introduces the reader informally to the basic concepts and features of the language. "
@@ -80,10 +82,15 @@ async def _demo(streams: int, max_tokens: int, model: str, temperature: float, p
                 await _show(console, seen, readers)
         seconds = time.perf_counter() - begun
         report = await _settled(client)
+        names = (await known_adapters(client))[:MOST]
+        said = await answers(client, names) if names else {}
     if not console.is_terminal or plain:
         for index, one in enumerate(seen):
             console.print(f"[{index:>2}] {one.prompt}{one.text}".replace("\n", "\n     "), markup=False)
     console.print(_table(seen, seconds, startup, report))
+    if said:
+        console.print(f"one prompt ({QUESTION!r}), {len(names)} adapters, one batch:")
+        show(console, said)
 
 
 async def _settled(client: AsyncClient) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def test_sources_that_are_not_allowed_are_not_touched(client: Client, source: st
 @pytest.mark.parametrize(
     ("adapter", "field"),
     [
-        ({"merge": []}, "adapter.merge"), ({"merge": ["red"], "weights": [1.0, 2.0]}, "adapter.weights"), ({"name": "red", "x": 1}, "adapter"),
+        ({"merge": []}, "adapter.merge"), ({"merge": ["red"], "weights": [1.0, 2.0]}, "adapter.weights"),
+        ({"name": "red", "x": 1}, "adapter"),
         ({"merge": ["red"], "method": "sum"}, "method"), ({"merge": ["red", "red"], "method": "ties", "density": 0.0}, "density"),
     ],
 )  # fmt: skip
@@ -218,8 +219,8 @@ def test_more_adapters_than_fit_are_all_served(client: Client, shop: Path) -> No
 
 def test_what_is_pinned_stays_and_no_more_can_be_than_leaves_room(client: Client) -> None:
     assert client.pin_adapter("red")["pinned"]
+    assert client.pin_adapter("blue")["pages"] == 3  # and with the other one four, of four that may be
     with pytest.raises(InvalidRequest, match="pinned") as caught:
-        client.pin_adapter("blue")  # three pages, beside one, of four that may be
         client.pin_adapter("green")
     assert caught.value.limit == "4 pages"
     end = time.monotonic() + 20

@@ -6,9 +6,11 @@ What this reaches are the kernels of attention and of the decoder, through the f
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -66,7 +68,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         from triton.runtime.jit import JITFunction
 
         from penstock.engine.attention import triton as attention
-        from penstock.engine.kernels import decode_attention, gate, heads, paged_attention, residual
+        from penstock.engine.kernels import adapt, decode_attention, gate, heads, paged_attention, residual
 
         run = JITFunction.run
 
@@ -74,12 +76,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
             assert "sm_90" in kernel.asm["ptx"]
             assert self.__name__ != "_attend_tile" or "cp.async" in kernel.asm["ptx"], "keys are not loaded ahead"
+            if self.__name__ in ("_shrink", "_expand"):
+                check_adapters(kernel, options)
             names.append(self.__name__)
             return kernel
 
         monkeypatch.setattr(JITFunction, "run", compile_only)
         driver.set_active(Driver())
-        for module in (decode_attention, gate, heads, paged_attention, residual):
+        for module in (adapt, decode_attention, gate, heads, paged_attention, residual):
             monkeypatch.setattr(module, "overlap", lambda x: {"OVERLAP": True, "launch_pdl": True}, raising=False)
         assert attention.TritonAttention.fuses
     return names
@@ -134,3 +138,48 @@ def test_what_stands_between_products(compiled: list[str]) -> None:
     slots = torch.zeros(4, dtype=torch.int64)
     sample_rows(h, torch.zeros(4), slots, torch.from_numpy(np.zeros(9, np.int64)), slots)
     assert set(compiled) == {"_join", "_gate", "_largest_score", "_choose"}
+
+
+def check_adapters(kernel: Any, options: Mapping[str, Any]) -> None:
+    """As many programs as are launched stay on a multiprocessor at once, nothing is spilled, and weights are loaded wide and ahead."""
+    from triton import knobs
+
+    from penstock.engine.kernels.adapt import programs_of
+
+    shrinks, expands = programs_of(options["ROWS"], options.get("TOGETHER", 1))
+    programs, threads = shrinks if kernel.metadata.name == "_shrink" else expands, 32 * kernel.metadata.num_warps
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        used = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", used)[0]) for name in ("REG", "STACK"))
+    print(kernel.metadata.name, options["ROWS"], options.get("TOGETHER"), options.get("MORE"), registers, stack, kernel.metadata.shared)
+    if not options.get("MORE", False):
+        assert stack == 0
+        assert -(-registers // 8) * 8 * threads * programs <= 65536
+        assert (kernel.metadata.shared + 1024) * programs <= 228 * 1024
+        assert "cp.async.cg.shared.global" in kernel.asm["ptx"]
+
+
+@here
+@pytest.mark.parametrize(("rows", "pages"), [(16, 1), (16, 4), (16, 6), (64, 1), (64, 4), (64, 6)])
+@pytest.mark.parametrize("sizes", [(4096, 4096, 1024, 14336), (1024, 2048, 1024, 3072)], ids=["8B", "0.6B"])
+def test_adapters_of_any_rank(sizes: tuple[int, int, int, int], rows: int, pages: int, compiled: list[str]) -> None:
+    from penstock.engine.kernels.adapt import Cut
+    from penstock.engine.lora.layout import PagePool, Site, layout_of
+    from penstock.engine.lora.triton import TritonAdapters
+
+    hidden, q, kv, inner = sizes
+    layout = layout_of(
+        [
+            (Site("q", hidden, q), Site("k", hidden, kv), Site("v", hidden, kv)), (Site("o", q, hidden),),
+            (Site("gate", hidden, inner), Site("up", hidden, inner)), (Site("down", inner, hidden),),
+        ]
+    )  # fmt: skip
+    backend, cut = TritonAdapters(PagePool(layout, 1, torch.bfloat16, torch.device("cpu"))), Cut(8, rows, 4, 4 * pages, pages)
+    columns = {name: torch.zeros(length, dtype=torch.int64) for name, (length, _) in backend.lengths(cut, None).items()}
+    backend.begin_sized(columns, cut, None)
+    for place in layout.places[:: 1 if pages == 1 else 3]:  # the others are no harder
+        x, y = (torch.zeros(8, width, dtype=torch.bfloat16) for width in (place.in_features, sum(place.outs)))
+        backend.add(place, x, y)
+    assert set(compiled) == {"_shrink", "_expand"}
