@@ -9,45 +9,28 @@ results in order. The token budget of a step goes by priority; within one, decod
 order of admission, then the queue. So nobody waits for a lower priority longer than the steps that are launched already.
 
 Tenants of one priority share what is scarce. Tokens: the queue goes by what each was served, and in a step nobody gets much more than
-the others (`engine.turns`). Slots and blocks: whoever holds less than the one that holds the most may take from it (`_level`).
+the others (`engine.turns`). Slots and blocks: whoever holds less than the one that holds the most may take from it (`Room.level`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from penstock.engine.blocks import BlockPool
 from penstock.engine.commit import Commit, Counters, Ended, PromptLogprobs
 from penstock.engine.deadlines import Deadlines
 from penstock.engine.draft import Draft, Launched
-from penstock.engine.lora.residency import Load, Residency
+from penstock.engine.lora.residency import Load
 from penstock.engine.plan import Int32, StepPlan, StepResult
-from penstock.engine.prefix import Prefixes
-from penstock.engine.queue import FairQueue
 from penstock.engine.request import Adapter, Request
-from penstock.engine.slots import Int64, Slots
+from penstock.engine.room import Room, SchedulerConfig
+from penstock.engine.slots import Int64
 from penstock.engine.stream import NO_TOKENS, NOWHERE, Stream, known_tokens
-from penstock.engine.turns import Allowance, Turns, who_yields
+from penstock.engine.turns import Allowance, Turns
 
 __all__ = ["NO_TOKENS", "Commit", "Counters", "Ended", "PromptLogprobs", "Scheduler", "SchedulerConfig"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Sizes, in tokens where nothing else is said."""
-
-    slots: int  # most streams in a step
-    blocks: int
-    block_size: int = 16
-    token_budget: int = 2048  # most query tokens in a step
-    max_model_len: int = 4096
-    prefix_cache: bool = True
-    quantum: int = 16  # tokens of a step that a tenant gets at least, however little others ask for; 0: it holds nobody back
-    adapter_pages: int = 0
 
 
 class Scheduler:
@@ -55,13 +38,10 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pool = BlockPool(config.blocks)
-        self.counters = Counters()
-        self._slots = Slots(config.slots, config.block_size, config.max_model_len)
-        self._prefixes = Prefixes(self.pool, self._slots, enabled=config.prefix_cache)
-        self._queue: FairQueue[Stream] = FairQueue()
+        self._room = room = Room(config)
+        self.pool, self.counters = room.pool, room.counters
+        self._slots, self._prefixes, self._queue, self._residency = room.slots, room.prefixes, room.queue, room.residency
         self._turns = Turns(config.quantum, config.token_budget)
-        self._residency = Residency(config.adapter_pages, config.slots)
         self._streams: dict[int, Stream] = {}
         self._deadlines = Deadlines()
         self._launched: deque[Launched] = deque()
@@ -182,13 +162,13 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can run before another result or request arrives."""
         self._expire(now)
-        self._turn_adapters(now)
+        self._room.turn_adapters(now)
         draft = Draft(self.config.token_budget)
         for priority in sorted(self._slots.shares.priorities() | self._queue.priorities(), reverse=True):
             running = self._slots.shares.numbers(priority)
             contested = self._turns.quantum and len({*running, *self._queue.tenants(priority)}) > 1
-            first = self._level(priority) if contested else None
-            allowance = self._turns.begin(priority, running, self._comer(priority, first, running) if contested else None, now)
+            first = self._room.level(priority) if contested else None
+            allowance = self._turns.begin(priority, running, self._room.comer(priority, first, running) if contested else None, now)
             self._decode(priority, draft, allowance)
             for stream in self._slots.prefilling:
                 if stream.priority == priority:
@@ -204,59 +184,6 @@ class Scheduler:
         self.counters.count(plan)
         return plan
 
-    def _turn_adapters(self, now: float) -> None:
-        """Streams yield whose adapter has to make room for another one."""
-        yielding = self._residency.yielding(now)
-        if yielding:
-            for stream in [stream for stream in self._slots.occupants() if stream.adapter in yielding]:
-                self._preempt(stream)
-        self._residency.plan(now)
-
-    def _next(self, priority: int, without: Collection[str] = ()) -> Stream | None:
-        """Who is next in the queue, of those whose adapter is here."""
-        return self._queue.head_at(priority, without, self._residency.rank)
-
-    def _comer(self, priority: int, first: Stream | None, running: Collection[str]) -> str | None:
-        """The tenant of the next stream that can be let in, if it has none running."""
-        stream = first or self._next(priority, running)
-        if stream is None or not self._slots.free or self._blocks_for(stream) > self.pool.available:
-            return None
-        return stream.tenant
-
-    def _level(self, priority: int) -> Stream | None:
-        """Make room for a stream whose tenant holds less than the one that holds the most: of slots, if they are short, or else of blocks.
-        Returns the stream: it must be admitted next, or whoever yielded for it would take its place again."""
-        slots, pool = self._slots, self.pool
-        holdings = slots.holdings(priority) if self._queue.tenants(priority) else {}
-        if not holdings or slots.below(priority):
-            return None  # lower priorities yield first: see `_make_room`
-        held = {tenant: sum(len(stream.blocks) for stream in streams) for tenant, streams in holdings.items()}
-        richest = max(holdings, key=lambda tenant: (held[tenant] if slots.free else len(holdings[tenant]), tenant))
-        busy = {stream.tenant for stream in slots.prefilling if stream.priority == priority}  # these have no use for another slot yet
-        stream = self._next(priority, {*busy, richest})
-        if stream is None:
-            return None
-        served = self._queue.served(priority, stream.tenant) - self._queue.served(priority, richest)
-        if not slots.free and served > self.config.token_budget:
-            return None  # it has less because its streams cost more
-        need = self._blocks_for(stream)
-        if slots.free and need <= pool.available:
-            head = self._next(priority)
-            return stream if head is not None and self._blocks_for(head) > pool.available else None
-        need -= sum(not pool.is_cached(block) for block in self._prefixes.match(stream))
-        yielding = who_yields(holdings.get(stream.tenant, []), holdings[richest], not slots.free, need, pool.available)
-        for victim in yielding:
-            self._preempt(victim)
-        return stream if yielding else None
-
-    def _blocks_for(self, stream: Stream) -> int:
-        """Blocks that must be there for a stream to be admitted, if none of its prefix is cached."""
-        return -(-len(stream.tokens) // self.config.block_size) + self._spare()
-
-    def _spare(self) -> int:
-        """Blocks that are left to the running streams to grow into: admitting up to the last block would preempt at once."""
-        return min(self._slots.running, self.config.blocks // 16)
-
     def _decode(self, priority: int, draft: Draft, allowance: Allowance | None) -> None:
         """Every stream that can decode, with a block for its next token; of a tenant that has had more than others, those whose turn
         it is."""
@@ -268,7 +195,7 @@ class Scheduler:
             rows = np.sort(np.roll(rows, -self._step)[: draft.budget])
         full = rows[slots.computed[rows] >= slots.held[rows]]
         if len(full):
-            self._grow(full, draft)
+            self._room.grow(full, draft)
             rows = rows[slots.decoding[rows]]  # some may have yielded
         draft.decode(rows)
 
@@ -282,19 +209,6 @@ class Scheduler:
                 rows = np.sort(np.concatenate([rows[~mine], self._slots.in_turn(rows[mine], granted)]))
                 shares = self._slots.share[rows]
         return rows
-
-    def _grow(self, full: Int64, draft: Draft) -> None:
-        """One more block for each of these slots, at the cost of whoever is lowest, themselves included. That is never a stream with
-        a row in this step already: those have a higher priority than these."""
-        growing = self._slots.at(full)
-        while len(growing) > self.pool.available:
-            self._preempt(self._slots.lowest())
-            growing = [stream for stream in growing if stream.slot != NOWHERE]
-        blocks, slots = self.pool.allocate(len(growing)), [stream.slot for stream in growing]
-        draft.grow(slots, [len(stream.blocks) for stream in growing], blocks)
-        for stream, block in zip(growing, blocks, strict=True):
-            stream.blocks.append(block)
-        self._slots.held[slots] += self.config.block_size
 
     def _chunk(self, stream: Stream, draft: Draft, allowance: Allowance | None) -> None:
         """The next tokens of a prompt, as far as the budget goes, and what its tenant may have of it."""
@@ -312,46 +226,13 @@ class Scheduler:
     def _admit(self, priority: int, draft: Draft, allowance: Allowance | None, first: Stream | None, now: float) -> None:
         """Fill slots from the queue, `first` and then in its order, while tokens, slots and blocks last."""
         while draft.budget > 0:
-            stream, first = first or self._next(priority, allowance.spent() if allowance is not None else ()), None
-            hits = None if stream is None else self._make_room(stream)
+            stream, first = first or self._room.next(priority, allowance.spent() if allowance is not None else ()), None
+            hits = None if stream is None else self._room.make_room(stream)
             if stream is None or hits is None:
                 return
             self._queue.pop(stream)
-            self._fill(stream, hits, draft, now)
+            self._room.fill(stream, hits, draft, now)
             self._chunk(stream, draft, allowance)
-
-    def _make_room(self, stream: Stream) -> list[int] | None:
-        """Preempt streams of lower priority until there is a slot for this one, and blocks for all its known tokens. Returns the
-        blocks of its cached prefix, or None if it has to wait. The streams that yield have no row in this step yet."""
-        slots, pool, size = self._slots, self.pool, self.config.block_size
-        lower = slots.below(stream.priority)
-        if not lower and (not slots.free or not pool.available):
-            return None
-        hits = self._prefixes.match(stream)
-        blocks = -(-len(stream.tokens) // size) - len(hits)
-        if blocks > pool.available + sum(len(other.blocks) for other in lower):
-            return None  # even if all of them yielded
-        while True:
-            need = blocks + sum(pool.is_cached(block) for block in hits)
-            if slots.free and pool.available >= need + self._spare():
-                return hits
-            if slots.running == 0 or slots.lowest().priority >= stream.priority:
-                return None
-            self._preempt(slots.lowest())
-
-    def _fill(self, stream: Stream, hits: list[int], draft: Draft, now: float) -> None:
-        """Give a stream a slot, and blocks for all its known tokens, beginning with those of its cached prefix."""
-        known, size = len(stream.tokens), self.config.block_size
-        for block in hits:
-            self.pool.hold(block)
-        stream.blocks = hits + self.pool.allocate(-(-known // size) - len(hits))
-        adapter, pages = self._residency.enter(stream.request.adapter)
-        self._slots.fill(stream, len(hits), adapter)
-        self.counters.prefix_hit_tokens += len(hits) * size
-        self.counters.prefix_query_tokens += known
-        if stream.started is None:
-            stream.started, stream.cached_tokens = now, len(hits) * size
-        draft.fill(stream.filling(pages), stream.blocks)
 
     # ── results ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -417,27 +298,10 @@ class Scheduler:
 
     # ── leaving ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _preempt(self, stream: Stream) -> None:
-        """Take slot and blocks away; what was generated stays, and is prefilled again later."""
-        stream.preemptions += 1
-        self.counters.preemptions += 1
-        if stream in self._slots.prefilling:
-            stream.stay, stream.prompt_parts = NOWHERE, []
-        self._leave(stream)
-        if not stream.in_flight:  # else it becomes eligible again once they are committed
-            self._queue.push(stream, front=True)
-
-    def _leave(self, stream: Stream) -> None:
-        self._prefixes.offer_known(stream)
-        self._slots.leave(stream)
-        self._residency.leave(stream.request.adapter)
-        self.pool.release(stream.blocks)
-        stream.blocks = []
-
     def _remove(self, stream: Stream) -> None:
         stream.gone, stream.prompt_parts = True, []  # a recorder remembers the stream, and need not what nobody gets
         if stream.slot != NOWHERE:
-            self._leave(stream)
+            self._room.leave(stream)
         self._residency.close(stream.request.adapter)
         del self._streams[stream.handle]
 

@@ -21,13 +21,14 @@ from penstock.engine.deadlines import Deadlines
 from penstock.engine.lora.residency import Residency, Resident
 from penstock.engine.prefix import Prefixes
 from penstock.engine.queue import FairQueue, Level, Line
+from penstock.engine.room import Room
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.slots import Shares, Slots
 from penstock.engine.stream import Stream
 from penstock.engine.turns import Turns
 
 PARTS: tuple[type[Any], ...] = (  # what changes
-    BlockPool, Counters, Deadlines, FairQueue, Level, Line, Prefixes, Residency, Resident, Scheduler, Shares, Slots, Turns,
+    BlockPool, Counters, Deadlines, FairQueue, Level, Line, Prefixes, Residency, Resident, Room, Scheduler, Shares, Slots, Turns,
 )  # fmt: skip
 CONTAINERS: tuple[type[Any], ...] = (list, deque, dict, OrderedDict)
 

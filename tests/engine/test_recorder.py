@@ -21,13 +21,16 @@ from penstock.engine.plan import StepResult, TopLogprobs
 from penstock.engine.recorder import RecordedScheduler
 from penstock.engine.recording import MOST_CELLS, MOST_STOPS, VERSION, RecordingError, decode, encode
 from penstock.engine.replay import replay
-from penstock.engine.request import Request, Sampler
+from penstock.engine.request import Adapter, Request, Sampler
 from penstock.engine.scheduler import SchedulerConfig
 
 from .test_scheduler import CONFIGS, OPERATIONS, Operation, live
 
 PLENTY = 2**30
-CROWDED = SchedulerConfig(slots=6, blocks=24, block_size=2, token_budget=17, max_model_len=24)
+CROWDED = SchedulerConfig(slots=6, blocks=24, block_size=2, token_budget=17, max_model_len=24, adapter_pages=3)
+ADAPTERS = tuple(
+    Adapter(f"the content of adapter {number}".encode().ljust(32), pages, f"/a/secret/{number}") for number, pages in enumerate((1, 1, 2))
+)
 FIRST_ID = 1_000_000_000  # no count, size or handle is as large, so an id in a recording is seen
 
 
@@ -85,6 +88,7 @@ class Load:
             handle=self.handle, attempt=1, prompt=np.array(prompt, np.int32), generated=np.empty(0, np.int32), limit=8, sampler=sampler,
             priority=int(self.random.integers(2)), tenant=f"tenant {self.handle % 5}",
             salt=b"salt of the earth" if self.handle % 4 else b"", deadline=self.now + 3 if rare[3] else None,
+            adapter=(None, *ADAPTERS)[int(self.random.integers(4))],
         )  # fmt: skip
         self.recorder.submit(request, self.now)
         self.handle += 1
@@ -98,6 +102,12 @@ class Load:
         self.recorder.expire(self.now)
         while len(self.out) <= self.lookahead and (plan := self.recorder.plan(self.now)) is not None:
             self.out.append(plan)
+        for load in self.recorder.take_loads():
+            (self.recorder.lost if self.random.random() < 0.1 else self.recorder.loaded)(load.number, self.now)
+        if self.random.random() < 0.1:
+            self.recorder.unpin(ADAPTERS[0].digest)
+        elif self.random.random() < 0.1:
+            self.recorder.pin(ADAPTERS[0], self.now)
         if self.out:
             plan = self.out.pop(0)
             commit = self.recorder.commit(StepResult(plan.step, np.array(self.draw(int(plan.samples.sum())), np.int32)), self.now)
@@ -201,6 +211,8 @@ def test_no_id_of_anybody_is_in_a_recording() -> None:
         assert token.to_bytes(4, "little") not in data
         assert token.to_bytes(4, "big") not in data  # as msgpack writes it
     assert b"salt of the earth" not in data
+    assert b"the content of adapter" not in data
+    assert b"/a/secret" not in data
     assert not any(digest in data for digest in load.recorder.pool._block_of)
     assert encode(load.recorder) != data  # under another key, so two recordings cannot be compared either
 
@@ -384,9 +396,16 @@ def test_results_are_of_no_more_than_all_slots() -> None:
         decode(msgpack.packb(body))
 
 
+def part_of(plain: Any, kind: str) -> Any:
+    """A part of a recorded state, wherever it is met first."""
+    if not isinstance(plain, list) or not plain:
+        return None
+    return plain if plain[0] == kind else next((found for one in plain if (found := part_of(one, kind)) is not None), None)
+
+
 def test_numbers_that_are_as_good_as_shapes_are_bounded() -> None:
     body = recorded(3)
-    slots = next(part for part in body[4][1] if isinstance(part, list) and part[0] == "Slots")
+    slots = part_of(body[4], "Slots")
     slots[1][body[3]["Slots"].index("share")] = ["array", "<i8", [6], np.full(6, 2**33).tobytes()]
     with pytest.raises(RecordingError, match="not those of 6 streams"):
         decode(msgpack.packb(body))
