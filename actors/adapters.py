@@ -17,7 +17,7 @@ from penstock.actors.messages import Find, Found, Manage, Managed, Pin
 from penstock.actors.preparing import Preparer, Version, Wanted
 from penstock.actors.sources.errors import SourceError
 from penstock.actors.sources.fetch import Limits, Settings
-from penstock.actors.sources.source import just, parse_allowed
+from penstock.actors.sources.source import parse_allowed
 from penstock.engine.kernels.cache import cache_folder
 from penstock.engine.lora.errors import AdapterError
 from penstock.engine.lora.recipe import Wish
@@ -132,7 +132,7 @@ class AdaptersActor(Actor):
         title = self.library.titles.get(name)
         if title is not None:
             source = check_source(title.source)
-            return Wanted(source, token or title.token, replace(self.settings, allowed=just(source)))
+            return Wanted(source, token or title.token, replace(self.settings, allowed=self.settings.allowed.plus(source)))
         if not self.config.adapter_sources:
             raise _unknown(name, self.library)
         try:
@@ -226,7 +226,7 @@ class AdaptersActor(Actor):
         source = check_source(message.source) if message.source is not None else check_source(before.source if before else "")
         token = message.token or (before.token if before is not None and message.source is None else None)
         named = any(title.source == source.text for title in self.library.titles.values())
-        part = Wanted(source, token, replace(self.settings, allowed=just(source)) if named else self.settings)
+        part = Wanted(source, token, replace(self.settings, allowed=self.settings.allowed.plus(source)) if named else self.settings)
         known = self._known(part)
 
         def then(version: Version | None, fault: Fault | None) -> None:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from penstock.actors.actor import Peer, PeerKey
 from penstock.actors.columns import int32
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Fault, Refusal
+from penstock.actors.jobs import Asked, Job, Jobs
 from penstock.actors.journal import Journal
-from penstock.actors.messages import Encode, Encoded, Find, Found
+from penstock.actors.messages import Encode
 from penstock.actors.protocol import Generate
 from penstock.actors.request import OpenRequest
 from penstock.actors.resolve import Adapted, Model, check_standing, own_tenant, read_wish, resolve, resolved_from_wire
-from penstock.actors.tally import Tally, fits
+from penstock.actors.tally import fits
 from penstock.engine.chat import check_messages
 from penstock.engine.lora.recipe import Wish
 from penstock.engine.params import LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
 from penstock.engine.tokenfiles import TokenizeError
 
-AT_ONCE = 2  # jobs that a tokenizer has: one that dies takes few with it
 ENDED = 4  # times `max_open`: streams kept of all clients, most of them ended and not acknowledged yet
-MOST_TRIES = 3  # tokenizers that may die on one request
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,50 +34,12 @@ class Held:
     all: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What was asked for, of a request that is not resolved yet."""
-
-    message: Generate
-    params: SamplingParams
-    options: PromptOptions
-    wish: Wish | None
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request that waits for its prompt's ids, for its adapter, or for both. Of one that is resolved, `asked` is None."""
-
-    number: int
-    request: OpenRequest
-    asked: Asked | None
-    tenant: str
-    streams: int = 0  # that count as open
-    tokens: int = 0  # about as many will its prompt have, of all streams
-    encode: Encode | None = None
-    encoded: Encoded | None = None
-    find: Find | None = None
-    found: Found | None = None
-    adapters: int = 0  # incarnation of who was asked for its adapter
-    tokenizer: tuple[int, int] | None = None  # index and incarnation of who has its prompt
-    turn: int = 0  # it was sent after those with smaller ones
-    tries: int = 0  # tokenizers that died at it
-
-    @property
-    def complete(self) -> bool:
-        return (self.encode is None or self.encoded is not None) and (self.find is None or self.found is not None)
-
-
 class Admission:
-    """Numbers of jobs have the gateway's incarnation in their upper half: what a tokenizer answers to a former one is nobody's prompt."""
+    """What it lets in may have a job to wait for, in `jobs`, before `resolve`."""
 
     def __init__(self, config: EngineConfig, incarnation: int) -> None:
         self.config = config
-        self.jobs: dict[int, Job] = {}
-        self._streams = self._tokens = 0  # of all jobs
-        self._tally = Tally()
-        self._numbers = incarnation << 32
-        self._turns = 0
+        self.jobs = Jobs(incarnation)
         self._random = random.Random()
 
     def admit(self, request: OpenRequest, message: Generate, model: Model, journal: Journal, held: Held, now: float) -> Job:
@@ -118,11 +78,11 @@ class Admission:
         words = tuple(word for word in params.bad_words if isinstance(word, str))
         if message.ids is not None and len(message.ids) % 4:
             raise _bad("ids", f"{len(message.ids)} bytes", "little-endian 32-bit integers")
-        job = self._job(request, Asked(message, params, options, wish), message.tenant, wish, message.adapter_token)
+        job = self.jobs.new(request, Asked(message, params, options, wish), message.tenant, wish, message.adapter_token)
         if message.ids is None or words:
             job.encode = Encode(job.number, message.prompt, message.messages, options.to_wire(), words)
         if not job.complete:
-            self._keep(job, params.n, params.n * tokens)
+            self.jobs.keep(job, params.n, params.n * tokens)
         return job
 
     def _admit_again(
@@ -139,34 +99,20 @@ class Admission:
         request.received = received
         wish = None if resolved.adapter is None else resolved.adapter.wish
         _check_adapters(wish, model)
-        job = self._job(request, None, resolved.tenant, wish, token)
+        job = self.jobs.new(request, None, resolved.tenant, wish, token)
         if not job.complete:
-            self._keep(job, request.streams, request.streams * resolved.prompt_tokens)
+            self.jobs.keep(job, request.streams, request.streams * resolved.prompt_tokens)
         return job
 
     def find_again(self, request: OpenRequest) -> None:
         """The adapter of an open request is not where it was."""
         adapted = request.value.adapter
         if request.job is None and adapted is not None:
-            self._keep(self._job(request, None, request.value.tenant, adapted.wish, request.adapter_token), 0, 0)
-
-    def _job(self, request: OpenRequest, asked: Asked | None, tenant: str, wish: Wish | None, token: str | None) -> Job:
-        self._numbers += 1
-        job = Job(self._numbers, request, asked, tenant)
-        if wish is not None:
-            request.adapter_token = token
-            job.find = Find(job.number, wish.to_wire(), token)
-        return job
-
-    def _keep(self, job: Job, streams: int, tokens: int) -> None:
-        job.streams, job.tokens = streams, tokens
-        self.jobs[job.number], job.request.job = job, job.number
-        self._streams, self._tokens = self._streams + streams, self._tokens + tokens
-        self._tally.add(job.tenant, streams, tokens)
+            self.jobs.keep(self.jobs.new(request, None, request.value.tenant, adapted.wish, request.adapter_token), 0, 0)
 
     def _limit(self, tenant: str, streams: int, journal: Journal, held: Held, tokens: int) -> None:
         most = self.config.max_open
-        waiting, mine = len(journal.entries) + self._streams, self._held(tenant, journal)[0]
+        waiting, mine = len(journal.entries) + self.jobs.streams, self._held(tenant, journal)[0]
         own = min(most, self.config.max_open_per_client)
         if held.mine + streams > own:
             raise _overloaded(f"{held.mine} streams of this client are open", f"{own} streams")
@@ -181,18 +127,18 @@ class Admission:
     def _limit_tokens(self, tenant: str, tokens: int, journal: Journal) -> None:
         """Prompts that wait to be tokenized count, too: their text takes memory."""
         most = self.config.max_queued_tokens
-        queued = journal.prompt_tokens + self._tokens
+        queued = journal.prompt_tokens + self.jobs.tokens
         if queued and not fits(queued, self._held(tenant, journal)[1], tokens, most, self._tenants(journal)):
             raise _overloaded(f"open requests have {queued} prompt tokens", f"{most} tokens")
 
     def _held(self, tenant: str, journal: Journal) -> tuple[int, int]:
         """Open streams of a tenant, and their prompt tokens."""
-        (streams, tokens), (more, longer) = journal.tally.of(tenant), self._tally.of(tenant)
+        (streams, tokens), (more, longer) = journal.tally.of(tenant), self.jobs.tally.of(tenant)
         return streams + more, tokens + longer
 
     def _tenants(self, journal: Journal) -> int:
         """With something open, and one that comes; some count twice while a prompt of theirs is tokenized."""
-        return len(journal.tally) + len(self._tally) + 1
+        return len(journal.tally) + len(self.jobs.tally) + 1
 
     def received_ids(self, resume: Mapping[str, Any], streams: int, model: Model | None = None) -> list[array[int]]:
         """What a client that resumes says it has of each stream. Raises `Refusal`."""
@@ -209,80 +155,6 @@ class Admission:
                 raise _bad("resume.received", int(column.max()), f"ids from 0 to {model.vocab_size - 1}")
             result.append(ids)
         return result
-
-    # ── tokenizers and adapters ────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def to_send(self, peers: Mapping[PeerKey, Peer]) -> Iterator[tuple[PeerKey, Encode | Find]]:
-        """What nobody has yet, each with who should: prompts go to the tokenizer that is the least busy."""
-        adapters = peers.get(("adapters", 0))
-        if adapters is not None and adapters.ready:
-            for job in self.jobs.values():
-                if job.find is not None and job.found is None and job.adapters != adapters.incarnation:
-                    job.adapters = adapters.incarnation
-                    yield ("adapters", 0), job.find
-        waiting = [job for job in self.jobs.values() if job.encode is not None and job.encoded is None and job.tokenizer is None]
-        if not waiting:
-            return
-        ready = {key[1]: peer for key, peer in peers.items() if peer.kind == "tokenizer" and peer.ready}
-        busy = dict.fromkeys(ready, 0)
-        for job in self.jobs.values():
-            if job.tokenizer is not None and job.tokenizer[0] in busy:
-                busy[job.tokenizer[0]] += 1
-        for job in waiting if ready else ():
-            index = min(busy, key=lambda candidate: (busy[candidate], candidate))
-            if busy[index] >= AT_ONCE or job.encode is None:
-                return
-            busy[index] += 1
-            self._turns += 1
-            job.tokenizer, job.turn = (index, ready[index].incarnation), self._turns
-            yield ("tokenizer", index), job.encode
-
-    def reassign(self, peers: Mapping[PeerKey, Peer]) -> list[Job]:
-        """Take jobs back from tokenizers that died. Each was at the first of those that it had; that counts. Returns the jobs at which too
-        many died, which are given up."""
-        alive = {(key[1], peer.incarnation) for key, peer in peers.items() if peer.kind == "tokenizer"}
-        back = [job for job in self.jobs.values() if job.tokenizer is not None and job.tokenizer not in alive]
-        for dead in {job.tokenizer for job in back}:
-            min((job for job in back if job.tokenizer == dead), key=lambda job: job.turn).tries += 1
-        for job in back:
-            job.tokenizer = None
-        given_up = [job for job in back if job.tries >= MOST_TRIES]
-        for job in given_up:
-            self.done(job.number)
-        return given_up
-
-    def late(self, now: float) -> list[tuple[OpenRequest, str, str]]:
-        """Requests that are not resolved yet and whose time is over, each with the reason for its end and the actor that it waits for."""
-        waiting = [
-            (job.request, "tokenizer" if job.encode is not None and job.encoded is None else "adapters")
-            for job in self.jobs.values()
-            if not job.request.entries
-        ]
-        times = [(one, name, getattr(one, name), actor) for one, actor in waiting for name in ("deadline", "queue_timeout")]
-        return [(one, name, actor) for one, name, end, actor in times if end is not None and end <= now]
-
-    def answered(self, message: Encoded | Found) -> Job | None:
-        """A part of a job is done. Returns the job if that was all, or if it failed: then it is over. None also if it was before."""
-        job = self.jobs.get(message.job)
-        if job is None:
-            return None
-        if isinstance(message, Encoded):
-            job.encoded, job.tokenizer = message, None
-        else:
-            job.found = message
-        return self.done(job.number) if job.complete or message.error is not None else None
-
-    def done(self, number: int) -> Job | None:
-        """A job is over; None if it was before."""
-        job = self.jobs.pop(number, None)
-        if job is not None:
-            self._streams, self._tokens, job.request.job = self._streams - job.streams, self._tokens - job.tokens, None
-            self._tally.remove(job.tenant, job.streams, job.tokens)
-        return job
-
-    def forget(self, request: OpenRequest) -> None:
-        if request.job is not None:
-            self.done(request.job)
 
     def resolve(self, job: Job, model: Model, journal: Journal) -> None:
         """The answers make the value whole. Raises `Refusal`."""

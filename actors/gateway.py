@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.actors.actor import ADAPTERS, HEARTBEAT_S, SCHEDULER, Actor, Peer, PeerKey
-from penstock.actors.admission import Admission, Held, Job
+from penstock.actors.admission import Admission, Held
+from penstock.actors.desk import Desk, State
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.handover import HandOver
+from penstock.actors.jobs import Job
 from penstock.actors.library import serves_adapters
-from penstock.actors.messages import Begin, Drain, Encoded, Found, Journaled, Manage, Managed, Ready, Released, Vitals
-from penstock.actors.orders import check_operator, read_order
+from penstock.actors.messages import Begin, Drain, Encoded, Found, Journaled, Managed, Ready, Released, Vitals
+from penstock.actors.orders import read_order
 from penstock.actors.protocol import (
     Accepted,
     Adapters,
@@ -23,7 +25,6 @@ from penstock.actors.protocol import (
     Generate,
     Goodbye,
     List,
-    Listing,
     Renew,
     Report,
     Status,
@@ -33,7 +34,6 @@ from penstock.actors.reception import Reception
 from penstock.actors.request import Entry, OpenRequest
 from penstock.actors.resolve import Model
 from penstock.actors.sessions import Session
-from penstock.actors.status import list_adapters, list_requests, status_report
 
 LOOK_EVERY_S, LATEST_LOOK_S = 0.1, 1.0  # at leases and deadlines
 OVERDUE_S = 0.5  # after its deadline a stream is ended without the scheduler
@@ -45,7 +45,7 @@ class GatewayActor(Actor):
     kind = "gateway"
 
     def start(self) -> dict[str, Any]:
-        self.reception = Reception(self.context, self.config, self.log, self._report)
+        self.reception = Reception(self.context, self.config, self.log, lambda message: self.desk.report(message))
         for socket in self.reception.door.sockets:
             self.mail.watch(socket)
         self.sessions = self.reception.sessions
@@ -54,22 +54,20 @@ class GatewayActor(Actor):
             self.post.incarnation, lambda message: self.mail.send(SCHEDULER, message), isolate=self.config.isolate_prefixes
         )
         self.journal = self.handover.journal
+        self.desk = Desk(self.config, self.post.incarnation, self.reception, lambda message: self.mail.send(ADAPTERS, message), self._state)
         self.model: Model | None = None
         self.opened = self.draining = False
         self.settled = 0.0  # when it is known who is there
         self.looked = 0.0  # when leases were judged last
-        self.vitals: tuple[Any, ...] = ()
-        self.managing: dict[int, tuple[Session, int, Manage]] = {}  # orders that the adapters actor has, and who is to hear how they went
-        self.orders = self.post.incarnation << 32
         self.totals = {"requests": 0, "finished": 0, "failed": 0, "generated_tokens": 0, "prompt_tokens": 0, "chunks": 0}
         self.handlers |= {
             Encoded: self._answered, Found: self._answered, Released: self._released, Begin: self._begin, Drain: self._drain,
-            Vitals: self._keep_vitals, Managed: self._managed,
+            Vitals: self.desk.keep_vitals, Managed: self.desk.managed,
         }  # fmt: skip
         self.awaits[Begin] = lambda begin: ((SCHEDULER, begin.incarnation),)
         self.calls: dict[type[Any], Callable[[Session, Any], None]] = {
-            Generate: self._generate, Cancel: self._cancel, Renew: self._renew, List: self._list, Status: self._status,
-            Control: self._control, Adapters: self._adapters, Goodbye: lambda session, _: self._leave(session),
+            Generate: self._generate, Cancel: self._cancel, Renew: self._renew, List: self.desk.list, Status: self.desk.status,
+            Control: self._control, Adapters: self.desk.adapters, Goodbye: lambda session, _: self._leave(session),
         }  # fmt: skip
         return {}
 
@@ -83,12 +81,10 @@ class GatewayActor(Actor):
         executor, tokenizer = self.peers.get(("executor", 0)), self.peers.get(("tokenizer", 0))
         if self.model is None and executor is not None and executor.ready and tokenizer is not None and tokenizer.ready:
             self.model = Model.from_facts(executor.facts, tokenizer.facts)
-        for job in self.admission.reassign(self.peers):
+        for job in self.admission.jobs.reassign(self.peers):
             self._fail(job.request, Fault(code="engine_fault", message="the tokenizer died on this request", actor="tokenizer"))
-        adapters = self.peers.get(ADAPTERS)
-        if adapters is not None and adapters != before.get(ADAPTERS):
-            for _, _, order in self.managing.values():
-                self.mail.send(ADAPTERS, order)
+        if self.peers.get(ADAPTERS) != before.get(ADAPTERS):
+            self.desk.order_again()
         self._send_jobs()
         self._open()
 
@@ -153,7 +149,7 @@ class GatewayActor(Actor):
                 continue
             for request in [one for one in session.requests.values() if one.left is not None and now - one.left > lease]:
                 self._finish(request)
-        for request, reason, actor in self.admission.late(now):
+        for request, reason, actor in self.admission.jobs.late(now):
             text = f"its time was over before its {'prompt was tokenized' if actor == 'tokenizer' else 'adapter was ready'}"
             self._fail(request, Fault(code=reason, message=text, actor=actor))
         # The scheduler ends what is late, unless there is none, or none that its streams reach: then nobody else would.
@@ -227,41 +223,15 @@ class GatewayActor(Actor):
         for request in session.acknowledge(message.received):
             self._finish(request)
 
-    def _list(self, session: Session, message: List) -> None:
-        self.reception.answer(session, Listing(message.query, tuple(list_requests(session, time.monotonic()))))
-
-    def _status(self, session: Session, message: Status | Control) -> None:
-        self.reception.answer(session, self._report(message))
-
     def _control(self, session: Session, message: Control) -> None:
         try:
-            order = read_order(message, session.user, session.user or session.name, self.config, self.vitals)
+            order = read_order(message, session.user, session.user or session.name, self.config, self.desk.vitals)
         except Refusal as refusal:
             self.reception.answer(session, Report(message.query, {"error": refusal.fault.to_wire()}))
             return
         self.tell(order)
         self.draining = self.draining or order.order == "drain"  # at once, so that the answer says so
-        self._status(session, message)
-
-    def _adapters(self, session: Session, message: Adapters) -> None:
-        try:
-            if message.order != "list":
-                check_operator(session.user, self.config)
-            if self.model is None or not self.model.adapter_pages:
-                raise Refusal("unknown_adapter", "this engine serves no adapters", field="adapter", value=message.name[:120])
-        except Refusal as refusal:
-            self.reception.answer(session, Report(message.query, {"error": refusal.fault.to_wire()}))
-            return
-        self.orders += 1
-        order = Manage(self.orders, message.order, message.name, message.source, message.token)
-        self.managing[self.orders] = session, message.query, order
-        self.mail.send(ADAPTERS, order)
-
-    def _managed(self, message: Managed) -> None:
-        session, query, _ = self.managing.pop(message.job, (None, 0, None))
-        if session is not None and session in self.sessions:
-            rows = list_adapters(message.adapters, self.vitals)
-            self.reception.answer(session, Report(query, {"error": message.error} if message.error is not None else {"adapters": rows}))
+        self.desk.status(session, message)
 
     def _leave(self, session: Session) -> None:
         for request in list(session.requests.values()):
@@ -271,11 +241,11 @@ class GatewayActor(Actor):
     # ── from tokenizing to the end ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _send_jobs(self) -> None:
-        for key, message in self.admission.to_send(self.peers):
+        for key, message in self.admission.jobs.to_send(self.peers):
             self.mail.send(key, message)
 
     def _answered(self, message: Encoded | Found) -> None:
-        job = self.admission.answered(message)
+        job = self.admission.jobs.answered(message)
         if job is not None:  # else it waits for more, or was cancelled meanwhile
             self._resolve(job)
 
@@ -367,7 +337,7 @@ class GatewayActor(Actor):
 
     def _finish(self, request: OpenRequest) -> None:
         """A request is over, whatever it was doing, and nothing of it is kept."""
-        self.admission.forget(request)
+        self.admission.jobs.forget(request)
         for entry in request.entries:
             if entry.ended is None:
                 self.handover.withdraw(entry)
@@ -378,16 +348,11 @@ class GatewayActor(Actor):
     def _drain(self, _: Drain) -> None:
         self.draining = True
 
-    def _keep_vitals(self, message: Vitals) -> None:
-        self.vitals = message.actors
-
-    def _report(self, message: Status | Control) -> Report:
-        state = "draining" if self.draining else "ready" if self.opened else "starting"
-        counts = {
-            **self.totals, "open": len({entry.request for entry in self.journal.entries.values()}) + len(self.admission.jobs),
-            "failed": self.totals["failed"] + self.reception.turned_away, "hand_overs": self.handover.again,
-        }  # fmt: skip
-        return Report(message.query, status_report(state, self.model, counts, len(self.sessions), self.vitals))
+    def _state(self) -> State:
+        requests = {entry.request for entry in self.journal.entries.values()} | {job.request for job in self.admission.jobs}
+        counts = {**self.totals, "failed": self.totals["failed"] + self.reception.turned_away, "hand_overs": self.handover.again}
+        name = "draining" if self.draining else "ready" if self.opened else "starting"
+        return State(name, self.model, counts | {"open": len(requests)})
 
     def load(self) -> dict[str, Any]:
         return {"clients": len(self.sessions), "open": len(self.journal.entries)}

@@ -6,7 +6,7 @@ import os
 import re
 import string
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
@@ -128,6 +128,18 @@ class Allowed:
             case "url":
                 return any(known.place == source.place and _below(source.path, known.path) for known in self.urls)
 
+    def plus(self, source: Source) -> Allowed:
+        """And what an operator allows by naming this one."""
+        match source.kind:
+            case "local":
+                return replace(self, folders=(*self.folders, source.place))
+            case "hub":
+                return replace(self, organisations=(*self.organisations, source.place.rpartition("/")[0] or "*"))
+            case "s3":
+                return replace(self, buckets=(*self.buckets, source))
+            case "url":
+                return replace(self, urls=(*self.urls, source))
+
 
 def parse_allowed(texts: Iterable[str]) -> Allowed:
     """A folder (as a source is written), `hub://org`, `hub://*`, `s3://bucket`, `s3://bucket/prefix`, or `https://host/path`. Raises
@@ -151,19 +163,6 @@ def parse_allowed(texts: Iterable[str]) -> Allowed:
             case _:
                 raise _invalid(f"{source.shown}: it must be a folder, hub://ORGANISATION, s3://BUCKET/PREFIX or a URL without secrets")
     return Allowed(tuple(folders), tuple(organisations), tuple(buckets), tuple(urls))
-
-
-def just(source: Source) -> Allowed:
-    """What an operator allows by naming one source."""
-    match source.kind:
-        case "local":
-            return Allowed(folders=(source.place,))
-        case "hub":
-            return Allowed(organisations=(source.place.rpartition("/")[0] or "*",))
-        case "s3":
-            return Allowed(buckets=(source,))
-        case "url":
-            return Allowed(urls=(source,))
 
 
 def inside(path: str, folder: str) -> str | None:

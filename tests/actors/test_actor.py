@@ -153,10 +153,10 @@ def test_a_tokenizer_that_dies_is_held_against_the_prompt_that_it_was_at() -> No
     given_up = []
     for incarnation in range(10, 13):
         peers = {("tokenizer", 0): Peer("tokenizer", 0, incarnation, "", True)}
-        assert len(list(admission.to_send(peers))) == 2
-        given_up += admission.reassign({})
+        assert len(list(admission.jobs.to_send(peers))) == 2
+        given_up += admission.jobs.reassign({})
     assert [job.request.id for job in given_up] == ["guilty"]
-    assert [job.request.id for job in admission.jobs.values()] == ["behind it"]
+    assert [job.request.id for job in admission.jobs] == ["behind it"]
 
 
 def test_what_was_tokenized_for_a_former_gateway_is_nobodys_prompt() -> None:
@@ -167,5 +167,5 @@ def test_what_was_tokenized_for_a_former_gateway_is_nobodys_prompt() -> None:
         admission = Admission(EngineConfig(), incarnation)
         request = OpenRequest("r", Session("c", "", b"id", 0.0), 0.0)
         jobs.append(admission.admit(request, message, model, Journal(incarnation), Held(), 0.0))
-    assert admission.done(jobs[0].number) is None
-    assert admission.done(admission.jobs.copy().popitem()[0]) is jobs[1]
+    assert admission.jobs.done(jobs[0].number) is None
+    assert admission.jobs.done(next(iter(admission.jobs)).number) is jobs[1]
