@@ -12,12 +12,12 @@ from typing import Any
 
 from penstock.actors.actor import EXECUTOR, GATEWAY, SCHEDULER, Actor, Peer, PeerKey
 from penstock.actors.errors import Fault, Refusal, bad
-from penstock.actors.library import Library, Title, check_name, check_source
+from penstock.actors.library import Library, Title
 from penstock.actors.messages import Find, Found, Manage, Managed, Pin
 from penstock.actors.preparing import Preparer, Version, Wanted
 from penstock.actors.sources.errors import SourceError
 from penstock.actors.sources.fetch import Limits, Settings
-from penstock.actors.sources.source import parse_allowed
+from penstock.actors.sources.named import allowed_sources, check_name, check_source
 from penstock.engine.kernels.cache import cache_folder
 from penstock.engine.lora.errors import AdapterError
 from penstock.engine.lora.recipe import Wish
@@ -40,12 +40,9 @@ class AdaptersActor(Actor):
 
     def start(self) -> dict[str, Any]:
         config = self.config
-        try:
-            self.settings = Settings(
-                allowed=parse_allowed(config.adapter_sources), hub_endpoint=config.hub_endpoint, s3_endpoint=config.s3_endpoint
-            )  # fmt: skip
-        except SourceError as error:
-            raise bad("adapter_sources", config.adapter_sources, str(error)) from error
+        self.settings = Settings(
+            allowed=allowed_sources(config.adapter_sources), hub_endpoint=config.hub_endpoint, s3_endpoint=config.s3_endpoint
+        )  # fmt: skip
         self.library = Library(config, Path(self.post.directory) / "adapters.json")
         self.folder = Path(config.adapter_cache) if config.adapter_cache else cache_folder() / "adapters"
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)

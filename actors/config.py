@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from penstock.actors.errors import bad
+from penstock.actors.sources.named import allowed_sources, named_sources
 
 WRITING_S = 60.0  # an executor that writes a trace does nothing else, and must not look stalled
 
@@ -114,6 +115,8 @@ class EngineConfig:
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 raise bad(name, texts, "a list of texts")
             object.__setattr__(self, name, tuple(texts))
+        object.__setattr__(self, "adapters", tuple(f"{name}={source.text}" for name, source in named_sources(self.adapters).items()))
+        allowed_sources(self.adapter_sources)
         if self.adapter_pages is not None and (not isinstance(self.adapter_pages, int) or self.adapter_pages < 0):
             raise bad("adapter_pages", self.adapter_pages, "an integer of 0 or more, or nothing")
         counts = ("max_running", "tokenizers", "detokenizers", "max_open", "max_open_per_client", "max_queued_tokens", "max_message")

@@ -8,15 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from penstock.actors.errors import bad
-from penstock.actors.sources.errors import SourceError
-from penstock.actors.sources.source import Source, parse_source
+from penstock.actors.sources.named import named_sources
 from penstock.engine.open import model_folder
 
 if TYPE_CHECKING:
     from penstock.actors.config import EngineConfig
-
-LONGEST_NAME = 120  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +52,10 @@ class Library:
 
 def configured(config: EngineConfig) -> dict[str, str]:
     """The sources of the adapters that an engine knows from its start, by name: what lies beside the model in its folder `adapters`, and
-    those of the settings. Raises `Refusal`."""
+    those of the settings."""
     folder = Path(model_folder(config.model)) / "adapters"
     found = {path.parent.name: str(path.parent.absolute()) for path in sorted(folder.glob("*/adapter_config.json"))}
-    for text in config.adapters:
-        name, equals, source = text.partition("=")
-        if not equals:
-            raise bad("adapters", text, "NAME=SOURCE")
-        found[check_name(name)] = check_source(source).text
-    return found
-
-
-def check_name(name: str) -> str:
-    """Raises `Refusal`."""
-    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or "/" in name or "@" in name or ":" in name or name != name.strip():
-        raise bad("name", name, f"1 to {LONGEST_NAME} printable characters without / @ : around which is no space")
-    return name
-
-
-def check_source(text: str) -> Source:
-    """Raises `Refusal`."""
-    try:
-        return parse_source(text)
-    except SourceError as error:
-        raise bad("source", "", str(error)) from error
+    return found | {name: source.text for name, source in named_sources(config.adapters).items()}
 
 
 def serves_adapters(config: EngineConfig) -> bool:

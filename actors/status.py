@@ -37,7 +37,8 @@ def list_adapters(rows: tuple[dict[str, Any], ...], vitals: tuple[Any, ...]) -> 
 def status_report(state: str, model: Model | None, counts: dict[str, int], clients: int, vitals: tuple[Any, ...]) -> dict[str, Any]:
     """The engine's report. `counts` are the gateway's, `vitals` the supervisor's rows `[kind, index, incarnation, state, pid,
     progress, load]`, at most a second old."""
-    scheduler, executor = (next((dict(row[6]) for row in vitals if row[0] == kind), {}) for kind in ("scheduler", "executor"))
+    kinds = ("scheduler", "executor", "adapters")
+    scheduler, executor, adapters = (next((dict(row[6]) for row in vitals if row[0] == kind), {}) for kind in kinds)
     if scheduler.get("steps"):
         scheduler["batch_mean"] = scheduler["rows"] / scheduler["steps"]
     return {
@@ -50,6 +51,7 @@ def status_report(state: str, model: Model | None, counts: dict[str, int], clien
         "hand_overs": counts["hand_overs"],
         "scheduler": scheduler,
         "executor": executor,
+        "adapters": adapters,
         "actors": [
             {"kind": kind, "index": index, "incarnation": incarnation, "state": state, "pid": pid, "progress": progress}
             for kind, index, incarnation, state, pid, progress, _ in vitals

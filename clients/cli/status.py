@@ -37,7 +37,7 @@ def status(
 
 def _numbers(report: dict[str, Any]) -> Table:
     table = Table("", "", show_header=False, box=None)
-    for part in ("requests", "tokens", "scheduler"):
+    for part in ("requests", "tokens", "scheduler", "adapters"):
         for name, value in report.get(part, {}).items():
             if isinstance(value, int | float):
                 shown = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"

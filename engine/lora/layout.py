@@ -115,7 +115,7 @@ class PagePool:
 
     def __init__(self, layout: PageLayout, pages: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
-        self.data = torch.zeros((pages, layout.elements), dtype=dtype, device=device)
+        self.data = torch.empty((pages, layout.elements), dtype=dtype, device=device)  # what nobody wrote, nobody reads
         self.used = torch.zeros((pages, len(layout.sites)), dtype=torch.int32, device=device)
 
     def write(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from penstock.actors.config import EngineConfig
 from penstock.actors.errors import Refusal
-from penstock.actors.library import Library, Title, check_name, configured, serves_adapters
+from penstock.actors.library import Library, Title, configured, serves_adapters
 from penstock.actors.shelf import Shelf
+from penstock.actors.sources.named import check_name
 
 
 def put(shelf: Shelf, digest: str, size: int, age: int) -> None:
@@ -54,8 +55,17 @@ def test_names_and_their_tokens_are_private_and_found_again(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("text", ["a", "=/x", "a/b=/x", " a=/x", "a@b=/x", "a=nothing", "a=../x", "a" * 121 + "=/x", "a\n=/x"])
 def test_a_setting_that_names_no_adapter_is_refused(text: str) -> None:
-    with pytest.raises(Refusal):
-        configured(EngineConfig(model="none", adapters=(text,)))
+    with pytest.raises(Refusal, match="must be"):
+        EngineConfig(adapters=(text,))
+    with pytest.raises(Refusal, match="must be"):
+        EngineConfig(adapters=("same=/x", "same=/y"))
+
+
+@pytest.mark.parametrize("text", ["../x", "hub://", "nothing", "https://u:p@host/"])
+def test_a_place_that_is_none_is_refused_and_no_secret_is_shown(text: str) -> None:
+    with pytest.raises(Refusal, match="must be places") as caught:
+        EngineConfig(adapter_sources=(text,))
+    assert "u:p" not in str(caught.value)
 
 
 def test_adapters_beside_a_model_are_known_by_their_folders(tmp_path: Path) -> None:
