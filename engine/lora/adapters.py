@@ -66,7 +66,11 @@ class Adapters:
 
 
 def choose_backend(pool: PagePool) -> AdapterBackend:
-    """Our own kernel on a CPU in float32, if it can be compiled; else torch."""
+    """Our own kernels: in Triton on CUDA, and on a CPU in float32, if they can be compiled; else torch."""
+    if pool.data.is_cuda:
+        from penstock.engine.lora.triton import TritonAdapters  # Triton comes with CUDA builds of torch only
+
+        return TritonAdapters(pool)
     if pool.data.device.type == "cpu" and pool.data.dtype == torch.float32 and (kernels := load_kernels()) is not None:
         return TokenAdapters(pool, kernels)
     return SegmentAdapters(pool)

@@ -1,0 +1,128 @@
+"""Adapters with the Triton kernels: the production path on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from penstock.engine.attention.base import Columns, Int32
+from penstock.engine.kernels.adapt import LARGE, MOST_SLICES, SMALL, Cut, Tiles, adapt_rows, split_for
+from penstock.engine.lora.base import AdaptedRows, Pages
+from penstock.engine.lora.layout import RANKS, PagePool, Place
+
+LONG = 1024  # adapted tokens from which tiles may be large: with fewer, there would be too few of them for a device
+FULL = 3  # and so many small tiles they must save for each, or most of a large one would be empty
+WHOLE, SAMPLED = "adapted", "adapted.sampled"  # of columns: of all tokens, and of those that go on
+Counts = npt.NDArray[np.int64]
+
+
+class TritonAdapters:
+    """An `engine.lora.base.AdapterBackend`, for float32, float16 and bfloat16.
+
+    `rows`: the tokens of a tile, None: chosen for each step. With one size of tiles, a token's bits depend on its own row alone. After
+    `prepare`, `whole` and `sampled` are how the step's tokens were cut: all of them, and those of `samples`, None if that is all.
+    """
+
+    def __init__(self, pool: PagePool, *, rows: int | None = None) -> None:
+        self._shapes = {(len(place.group), place.in_features) for place in pool.layout.places}
+        if any(slices > MOST_SLICES for slices, _ in self._shapes):
+            raise ValueError(f"at most {MOST_SLICES} products of one input can be adapted together")
+        self.pool, self.rows, self.active = pool, rows, False
+        device = pool.data.device
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self.whole: Cut = Cut(0, SMALL, 0, 0, 0)
+        self.sampled: Cut | None = None
+        self.step: Tiles | None = None
+        self._narrowed: Tiles | None = None
+
+    def prepare(self, rows: AdaptedRows) -> Columns:
+        adapters = list(dict.fromkeys(pages for pages in rows.pages if pages))
+        numbers = {pages: number for number, pages in enumerate(adapters)}
+        of_rows = np.array([numbers.get(pages, -1) for pages in rows.pages], np.int32)
+        of_tokens = of_rows[rows.row_of]
+        self.whole, columns = cut_tokens(adapters, of_tokens, self.rows, WHOLE)
+        self.sampled = None
+        if rows.samples is not None:
+            self.sampled, more = cut_tokens(adapters, of_tokens[rows.samples], self.rows, SAMPLED)
+            columns |= more
+        return columns
+
+    def lengths(self, whole: Cut, sampled: Cut | None) -> dict[str, tuple[int, int]]:
+        """The columns of `prepare` of any step that has no more than this: how long they can be, and what fills them up so that it does
+        nothing."""
+        return lengths_of(whole, WHOLE) | ({} if sampled is None else lengths_of(sampled, SAMPLED))
+
+    def begin(self, columns: Mapping[str, Tensor]) -> None:
+        self.begin_sized(columns, self.whole, self.sampled)
+
+    def begin_sized(self, columns: Mapping[str, Tensor], whole: Cut, sampled: Cut | None) -> None:
+        """`begin`, for any step of these `rows` and no more of anything else: how much there is of it is read on the device."""
+        data, cuts = self.pool.data, [whole] if sampled is None else [whole, sampled]
+        sums = torch.empty(max(self._room(cut) for cut in cuts), dtype=torch.float32, device=data.device)
+
+        def tiles(cut: Cut, name: str) -> Tiles:
+            return Tiles(columns[f"{name}.tokens"], columns[f"{name}.jobs"], columns[f"{name}.tiles"], sums, cut)
+
+        self.active, self.step = True, tiles(whole, WHOLE)
+        self._narrowed = self.step if sampled is None else tiles(sampled, SAMPLED)
+
+    def _room(self, cut: Cut) -> int:
+        """How many float32 shrink writes at most: what one product's expand has read, the next one's shrink may overwrite."""
+        parts = [slices * split_for(inner, cut.rows, self.pool.data.dtype).count for slices, inner in self._shapes]
+        return cut.jobs * cut.rows * RANKS * max(parts, default=0)
+
+    def end(self) -> None:
+        self.active, self.step, self._narrowed = False, None, None
+
+    def narrow(self) -> None:
+        self.step = self._narrowed
+
+    def add(self, place: Place, x: Tensor, y: Tensor) -> None:
+        step = self.step
+        if step is None or len(x) != step.cut.tokens:
+            raise RuntimeError(f"{place.group[0].name} got {len(x)} tokens of a step that has {step and step.cut.tokens}")
+        if step.cut.tiles:
+            adapt_rows(x if x.stride(1) == 1 else x.contiguous(), y, self.pool, place, step, self.processors)
+
+
+def lengths_of(cut: Cut, name: str) -> dict[str, tuple[int, int]]:
+    return {f"{name}.tokens": (cut.tokens, 0), f"{name}.jobs": (3 * cut.jobs, 0), f"{name}.tiles": (4 + 4 * cut.tiles, 0)}
+
+
+def cut_tokens(adapters: Sequence[Pages], of_tokens: Int32, rows: int | None, name: str) -> tuple[Cut, Columns]:
+    """Cut tokens, each of the adapter with this number or below 0 of none, into tiles of `rows`, None: what suits them. The columns are
+    those of `engine.kernels.adapt.Tiles`."""
+    counts = np.bincount(of_tokens + 1, minlength=len(adapters) + 1)
+    tokens, counts = np.argsort(of_tokens, kind="stable")[counts[0] :], counts[1:]
+    rows = rows_for(counts) if rows is None else rows
+    tiles_of = -(-counts // rows)
+    adapter = np.repeat(np.arange(len(adapters)), tiles_of)
+    before = (np.arange(len(adapter)) - firsts_of(tiles_of)[adapter]) * rows  # in the tiles before, of the same adapter
+    begins, sizes = firsts_of(counts)[adapter] + before, np.minimum(counts[adapter] - before, rows)
+    pages_of, pages = np.array([len(pages) for pages in adapters], np.int64), np.fromiter(chain(*adapters), np.int64)
+    jobs_of = pages_of[adapter]
+    jobs = firsts_of(jobs_of)
+    tile = np.repeat(np.arange(len(adapter)), jobs_of)
+    page = pages[firsts_of(pages_of)[adapter[tile]] + np.arange(len(tile)) - jobs[tile]]
+    columns: Columns = {
+        f"{name}.tokens": tokens,
+        f"{name}.jobs": np.stack((page, begins[tile], sizes[tile]), 1).ravel(),
+        f"{name}.tiles": np.concatenate(((len(adapter), len(tile), 0, 0), np.stack((begins, sizes, jobs, jobs_of), 1).ravel())),
+    }
+    return Cut(len(of_tokens), rows, len(adapter), len(tile), int(jobs_of.max(initial=0))), columns
+
+
+def rows_for(counts: Counts) -> int:
+    """How many tokens a tile should have, for so many of each adapter."""
+    large = int((-(-counts // LARGE)).sum())
+    return LARGE if counts.sum() >= LONG and (-(-counts // SMALL)).sum() >= FULL * large else SMALL
+
+
+def firsts_of(counts: Counts) -> Counts:
+    """Where each of some parts of a list begins."""
+    return np.cumsum(counts, dtype=np.int64) - counts
