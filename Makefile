@@ -22,11 +22,14 @@ REQUESTS ?= 1000000
 demo: install
 	$(BIN)/penstock demo
 
+# Both cores at once: what computes beside what mostly waits. Either failing fails the whole.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/engine tests/models tests/test_package.py & first=$$!; \
+	$(BIN)/python -m pytest tests/actors tests/clients; second=$$?; wait $$first && exit $$second
 
 kernels: install
-	$(BIN)/python -m pytest -m apart tests/engine & first=$$!; $(BIN)/python -m pytest -m apart tests/models && wait $$first
+	$(BIN)/python -m pytest -m apart tests/engine & first=$$!; \
+	$(BIN)/python -m pytest -m apart tests/models; second=$$?; wait $$first && exit $$second
 
 chaos: install
 	$(BIN)/python -m pytest -s tests/chaos

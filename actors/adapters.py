@@ -121,8 +121,10 @@ class AdaptersActor(Actor):
             self._ask(key, lambda preparer: preparer.merge(parts, recipe), answer, FRESH_S if message.token is None else 0.0)
             return
         part, title = parts[0], self.library.titles.get(wish.names[0])
-        known = title is not None and message.token is None
-        self._ask(self._key(part), lambda preparer: preparer.prepare(part, self._known(part)), answer, None if known else FRESH_S)
+        known = self._known(part)
+        # A name stands for what was loaded under it; a private token is checked at each use.
+        fresh = 0.0 if message.token is not None else FRESH_S if title is None else None
+        self._ask(self._key(part), lambda preparer: preparer.prepare(part, known), answer, fresh)
 
     def _wanted(self, name: str, token: str | None) -> Wanted:
         """What a name stands for: an adapter that is known by it, or a source, if those may be named. Raises `Refusal`."""

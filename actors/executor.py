@@ -58,7 +58,7 @@ class ExecutorActor(Actor):
         scheduler = self.peers.get(SCHEDULER)
         if step.executor != self.post.incarnation or scheduler is None or step.scheduler != scheduler.incarnation:
             return  # from a scheduler that is no more
-        self.asked = time.monotonic()
+        self.preparing, self.asked = True, time.monotonic()  # for steps like this one
         plan, flying, begun = plan_from_step(step), self.waiting > 0, time.perf_counter()
         if self.profile is None:
             pending = self.runner.launch(plan)

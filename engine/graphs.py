@@ -19,7 +19,9 @@ from torch import Tensor
 
 from penstock.engine.attention.base import Columns
 from penstock.engine.attention.triton import TritonAttention
+from penstock.engine.kernels.adapt import SMALL, TOGETHER, Cut
 from penstock.engine.kernels.sample import sample_rows
+from penstock.engine.lora.triton import TritonAdapters
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.results import CannotRecord
 
@@ -27,13 +29,23 @@ FEW_SAMPLES = 16  # of a step with chunks: logits of as many as there can be tak
 
 
 @dataclass(frozen=True, slots=True)
+class Mix:
+    """The adapters of a step: tiles of `rows` tokens (`engine.kernels.adapt`), and up to `pages` pages for each."""
+
+    rows: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
 class Size:
-    """How much a graph has room for. Without `chunks` there is a decode for each token, and every token is sampled."""
+    """How much a graph has room for. Without `chunks` there is a decode for each token, and every token is sampled. Without a `mix` all
+    tokens are the base model's, and adapters cost nothing."""
 
     tokens: int
     samples: int
     chunks: bool
     plain: bool
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,14 +89,16 @@ class StepGraphs:
     slot, and of the one that nobody has. At most `in_flight` results may be waited for."""
 
     def __init__(
-        self, model: Model, attention: TritonAttention, last: Tensor, most: int, in_flight: int, record: Record | None = None
-    ) -> None:
-        self.model, self.attention, self.last = model, attention, last
+        self, model: Model, attention: TritonAttention, last: Tensor, most: int, in_flight: int, record: Record | None = None,
+        adapters: TritonAdapters | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.attention, self.last, self.adapters = model, attention, last, adapters
         self.record = CudaRecord(last.device) if record is None else record
         self.nobody = len(last) - 1
         self.rows = sizes(self.nobody)
         self.tokens = coarse(max(most, self.nobody))
-        largest = Size(self.tokens[-1], self.nobody, chunks=True, plain=True)
+        mix = None if adapters is None else Mix(SMALL, TOGETHER)
+        largest = Size(self.tokens[-1], self.nobody, chunks=True, plain=True, mix=mix)
         cells = words_of(self._columns(largest))
         self._words = torch.zeros(cells, dtype=torch.int64, device=last.device)
         on_cuda = last.device.type == "cuda"
@@ -99,18 +113,22 @@ class StepGraphs:
         self._turn = self._turns[0]
         self._graphs: dict[Size, Graph] = {}
         self._seen: Counter[Size] = Counter()
+        self._mixes: dict[Mix, None] = {}  # that steps had, in order
         self._unfit: set[Size] = set()  # there was no memory for them, and then none is captured before it is asked for
         self._logits: Tensor | None = None  # of a step that ends with them: one place for all graphs
 
-    def find(self, columns: Columns, *, plain: bool) -> Size | None:
-        """The size at which a step is to be run here, if it is. Capturing takes longer than a step by itself: what is not decodes alone is
-        captured when it comes the second time."""
+    def find(self, columns: Columns, *, plain: bool, adapted: bool = False) -> Size | None:
+        """The size at which a step is to be run here, if it is; `adapted`: as the adapters prepared it. Capturing takes longer than a step
+        by itself: what is not decodes alone is captured when it comes the second time."""
         tokens, samples, chunks = len(columns["positions"]), len(columns["sample_slots"]), "tokens" in columns
         sizes = self.tokens if chunks else self.rows
         at = bisect_left(sizes, tokens)
         if at == len(sizes):
             return None
-        size = Size(sizes[at], self._samples(samples, sizes[at]) if chunks else sizes[at], chunks, plain)
+        mix = self._mix() if adapted else None
+        if adapted and mix is None:
+            return None
+        size = Size(sizes[at], self._samples(samples, sizes[at]) if chunks else sizes[at], chunks, plain, mix)
         self._seen[size] += 1
         known = size in self._graphs or not chunks or self._seen[size] > 1
         return size if known and size not in self._unfit else None
@@ -139,13 +157,15 @@ class StepGraphs:
         """
         if self._unfit:
             return False
-        decodes = [Size(rows, rows, chunks=False, plain=True) for rows in reversed(self.rows)]
-        mixed = [
-            Size(tokens, self._samples(samples, tokens), chunks=True, plain=True)
-            for samples in (self.nobody, 1)
-            for tokens in reversed(self.tokens)
-        ]
-        missing = [size for size in (mixed[0], *decodes, *mixed[1:]) if size not in self._graphs]
+        missing: list[Size] = []
+        for mix in (None, *self._mixes):
+            decodes = [Size(rows, rows, chunks=False, plain=True, mix=mix) for rows in reversed(self.rows)]
+            mixed = [
+                Size(tokens, self._samples(samples, tokens), chunks=True, plain=True, mix=mix)
+                for samples in (self.nobody, 1)
+                for tokens in reversed(self.tokens)
+            ]
+            missing += [size for size in (mixed[0], *decodes, *mixed[1:]) if size not in self._graphs]
         for size in missing[:1]:
             self._capture(size)
         return len(missing) > 1
@@ -163,12 +183,35 @@ class StepGraphs:
         most = min(self.nobody, tokens)
         return min(FEW_SAMPLES, most) if samples <= FEW_SAMPLES else most
 
+    def _mix(self) -> Mix | None:
+        """Of the step that the adapters prepared last; None if one of them has more pages than graphs have room for."""
+        if self.adapters is None:
+            return None
+        cuts = [cut for cut in (self.adapters.whole, self.adapters.sampled) if cut is not None]
+        pages = max(cut.pages for cut in cuts)
+        if pages > TOGETHER:
+            return None
+        mix = Mix(cuts[0].rows, 1 if pages == 1 else TOGETHER)
+        self._mixes[mix] = None
+        return mix
+
+    def _cuts(self, size: Size, mix: Mix) -> tuple[Cut, Cut | None]:
+        """Room for any step of this size: each slot may have another adapter, with one tile that is not full."""
+
+        def room(tokens: int, rows: int) -> Cut:
+            tiles = min(tokens, tokens // rows + self.nobody)
+            return Cut(tokens, rows, tiles, tiles * mix.pages, mix.pages)
+
+        return room(size.tokens, mix.rows), room(size.samples, SMALL) if size.chunks else None
+
     def _columns(self, size: Size) -> dict[str, tuple[int, int, int]]:
         lengths = {"sources": (size.tokens, self.nobody), "positions": (size.tokens, 0), "decodes": (1, 0)}
         lengths |= {"draw.keys": (size.samples, 0), "draw.temperature": (size.samples, 0), "sample_slots": (size.samples, self.nobody)}
         if size.chunks:
             lengths |= {"tokens": (size.tokens, 0), "sample_tokens": (size.samples, 0)}
         lengths |= self.attention.lengths(size.tokens, self.nobody, chunks=size.chunks)
+        if size.mix is not None and self.adapters is not None:
+            lengths |= self.adapters.lengths(*self._cuts(size, size.mix))
         places, end = {}, 0
         for name, (length, empty) in lengths.items():
             places[name] = (end, length, empty)
@@ -186,7 +229,14 @@ class StepGraphs:
 
         def step() -> Tensor:
             self.attention.begin_sized(sent, min(self.nobody, size.tokens), self.attention.longest)
-            logits = run_model(self.model, self.last, sent)
+            if size.mix is None or self.adapters is None:
+                logits = run_model(self.model, self.last, sent)
+            else:
+                self.adapters.begin_sized(sent, *self._cuts(size, size.mix))
+                try:
+                    logits = run_model(self.model, self.last, sent)
+                finally:
+                    self.adapters.end()
             if size.plain:
                 return sample_rows(logits, temperature, sent["draw.keys"], self.last, sent["sample_slots"])
             if self._logits is None:

@@ -97,7 +97,7 @@ class Runner:
         self.last = torch.zeros(config.slots + 1, dtype=torch.int64, device=device)  # see `engine.graphs` for the one more
         self.staging: Staging = PinnedStaging(device, config.in_flight + 1) if device.type == "cuda" else HostStaging()
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.graphs = _graphs(config, model, self.attention, self.last)
+        self.graphs = _graphs(config, model, self.attention, self.last, self.adapters)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -118,7 +118,7 @@ class Runner:
             told = self._prompt_targets(plan)
             plain = bool(self.sampler.plain[slots].all())
             adapted = self.adapters is not None and self.adapters.wanted
-            size = None if self.graphs is None or told is not None or adapted else self.graphs.find(columns, plain=plain)
+            size = None if self.graphs is None or told is not None else self.graphs.find(columns, plain=plain, adapted=adapted)
             if self.graphs is not None and size is not None:
                 try:
                     replayed = self._replay(self.graphs, size, columns, slots, positions)
@@ -279,9 +279,13 @@ def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBac
     return GatherAttention(pool, model.layers)
 
 
-def _graphs(config: RunnerConfig, model: Model, attention: AttentionBackend, last: Tensor) -> StepGraphs | None:
+def _graphs(
+    config: RunnerConfig, model: Model, attention: AttentionBackend, last: Tensor, adapters: Adapters | None
+) -> StepGraphs | None:
     if not config.graphs or model.device.type != "cuda" or not can_fuse(attention):
         return None
     from penstock.engine.graphs import StepGraphs  # Triton comes with CUDA builds of torch only
+    from penstock.engine.lora.triton import TritonAdapters
 
-    return StepGraphs(model, attention, last, config.graphs, config.in_flight)
+    backend = adapters.backend if adapters is not None and isinstance(adapters.backend, TritonAdapters) else None
+    return StepGraphs(model, attention, last, config.graphs, config.in_flight, adapters=backend)

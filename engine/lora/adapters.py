@@ -26,7 +26,7 @@ class Adapters:
     def __init__(self, model: Model, slots: int, pages: int) -> None:
         self.layout = layout_of(product.group for product in model.products)
         self.pool = PagePool(self.layout, pages, model.dtype, model.device)
-        self.backend = choose_backend(self.pool)
+        self.backend = choose_backend(self.pool, deterministic=model.deterministic)
         self._of_slot: list[Pages] = [()] * slots
         self.wanted = False
         model.adapt(self.layout, self.backend)
@@ -65,12 +65,14 @@ class Adapters:
             self.backend.end()
 
 
-def choose_backend(pool: PagePool) -> AdapterBackend:
-    """Our own kernels: in Triton on CUDA, and on a CPU in float32, if they can be compiled; else torch."""
+def choose_backend(pool: PagePool, *, deterministic: bool) -> AdapterBackend:
+    """Our own kernels: in Triton on CUDA, and on a CPU in float32, if they can be compiled; else torch. `deterministic`: a token's bits do
+    not depend on the others of its step, but for torch's."""
     if pool.data.is_cuda:
-        from penstock.engine.lora.triton import TritonAdapters  # Triton comes with CUDA builds of torch only
+        from penstock.engine.kernels.adapt import SMALL  # Triton comes with CUDA builds of torch only
+        from penstock.engine.lora.triton import TritonAdapters
 
-        return TritonAdapters(pool)
+        return TritonAdapters(pool, rows=SMALL if deterministic else None)
     if pool.data.device.type == "cpu" and pool.data.dtype == torch.float32 and (kernels := load_kernels()) is not None:
         return TokenAdapters(pool, kernels)
     return SegmentAdapters(pool)

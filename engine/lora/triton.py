@@ -48,7 +48,7 @@ class TritonAdapters:
         self.whole, columns = cut_tokens(adapters, of_tokens, self.rows, WHOLE)
         self.sampled = None
         if rows.samples is not None:
-            self.sampled, more = cut_tokens(adapters, of_tokens[rows.samples], self.rows, SAMPLED)
+            self.sampled, more = cut_tokens(adapters, of_tokens[rows.samples], self.rows or SMALL, SAMPLED)
             columns |= more
         return columns
 

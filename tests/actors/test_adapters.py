@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
+import threading
 import time
+import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +39,51 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+class Vault(ThreadingHTTPServer):
+    """A web server with an archive for those who have the token; what the token is may change."""
+
+    def __init__(self, folder: Path) -> None:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for file in folder.iterdir():
+                archive.write(file, file.name)
+        self.archive, self.token, self.asked = packed.getvalue(), "open-sesame", 0
+        super().__init__(("127.0.0.1", 0), Keeper)
+        self.url = f"http://127.0.0.1:{self.server_port}/private.zip"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Keeper(BaseHTTPRequestHandler):
+    server: Vault
+
+    def do_GET(self) -> None:
+        self.server.asked += 1
+        allowed = self.headers["Authorization"] == f"Bearer {self.server.token}"
+        body = self.server.archive if allowed else b"no"
+        self.send_response(200 if allowed else 403)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with suppress(OSError):  # a probe does not read all of it
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def running(shop: Path, cache: Path) -> Iterator[Engine]:
+def vault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vault]:
+    folder = tmp_path_factory.mktemp("vault") / "adapter"
+    with Vault(write_adapter(folder, 60)) as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def running(shop: Path, cache: Path, vault: Vault) -> Iterator[Engine]:
     named = {name: write_adapter(shop / name, seed, rank) for name, seed, rank in (("red", 1, 4), ("green", 2, 16), ("blue", 3, 33))}
     adapters = tuple(f"{name}={folder}" for name, folder in named.items())
-    with Engine("tiny", adapters=adapters, adapter_sources=(str(shop),), adapter_pages=8, adapter_cache=str(cache)) as engine:
+    with Engine("tiny", adapters=adapters, adapter_sources=(str(shop), vault.url), adapter_pages=8, adapter_cache=str(cache)) as engine:
         engine.wait(60)
         yield engine
 
@@ -197,6 +242,25 @@ def test_prefixes_are_shared_with_the_same_adapter_only(client: Client) -> None:
         return client.generate(prompt, adapter=adapter, max_tokens=1, **GREEDY).usage.cached_tokens
 
     assert [cached("red"), cached("red"), cached("green"), cached(None), cached("green")] == [0, 64, 0, 0, 64]
+
+
+def test_a_private_adapter_is_for_those_with_its_token_and_that_is_asked_each_time(client: Client, vault: Vault) -> None:
+    mine = says(client, vault.url, adapter_token="open-sesame")
+    assert mine != says(client, None)
+    for token in (None, "a guess"):  # although it is there
+        with pytest.raises(AdapterError) as caught:
+            says(client, vault.url, adapter_token=token)
+        assert caught.value.limit == "not_allowed"
+        assert "sesame" not in str(caught.value)
+    before = vault.asked
+    assert says(client, vault.url, adapter_token="open-sesame") == mine
+    assert vault.asked == before + 1  # a byte, and not all of it
+    vault.token = "another"
+    with pytest.raises(AdapterError):
+        says(client, vault.url, adapter_token="open-sesame")
+    stream = client.stream(PROMPT, adapter=vault.url, adapter_token="another", max_tokens=TOKENS, **GREEDY)
+    assert "another" not in json.dumps(stream.save())
+    assert stream.completion().ids == mine
 
 
 def test_two_adapters_may_be_merged_for_a_request(client: Client, shop: Path) -> None:

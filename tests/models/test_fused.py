@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from penstock.engine.graphs import StepGraphs
+    from penstock.engine.lora.triton import TritonAdapters
 
 NAMES = ["qwen3", "gemma2", "gemma3_text", "olmo2", "partial", "biases"]
 
@@ -40,7 +41,7 @@ def build(module: PreTrainedModel) -> NativeModel:
     return NativeModel(decoder, dict(module.state_dict()))
 
 
-def sized(runner: Runner) -> StepGraphs:
+def sized(runner: Runner, adapters: TritonAdapters | None = None, most: int = 32) -> StepGraphs:
     """Steps that are filled up to the sizes of graphs, and simply run again where there is no CUDA that could record them."""
     from penstock.engine.graphs import StepGraphs
 
@@ -48,7 +49,7 @@ def sized(runner: Runner) -> StepGraphs:
         out = step()
         return lambda: out.copy_(step()), out
 
-    return StepGraphs(runner.model, runner.attention, runner.last, most=32, in_flight=3, record=record)
+    return StepGraphs(runner.model, runner.attention, runner.last, most=most, in_flight=3, record=record, adapters=adapters)
 
 
 @here
