@@ -72,6 +72,9 @@ class AdaptersActor(Actor):
             early, self.early = self.early, []
             for message in early:
                 self.handlers[type(message)](message)
+            for name, title in self.library.titles.items():
+                if title.pinned:  # in another life
+                    self._ask_for(name, title, self._wanted(name, None), lambda version, fault: self._send_pins())
         if scheduler is not None and scheduler != before.get(SCHEDULER):
             self._send_pins()
 
@@ -121,10 +124,21 @@ class AdaptersActor(Actor):
             self._ask(key, lambda preparer: preparer.merge(parts, recipe), answer, FRESH_S if message.token is None else 0.0)
             return
         part, title = parts[0], self.library.titles.get(wish.names[0])
-        known = self._known(part)
-        # A name stands for what was loaded under it; a private token is checked at each use.
-        fresh = 0.0 if message.token is not None else FRESH_S if title is None else None
-        self._ask(self._key(part), lambda preparer: preparer.prepare(part, known), answer, fresh)
+        if title is None or message.token is not None:  # a private token is checked at each use
+            known = self._known(part)
+            self._ask(self._key(part), lambda preparer: preparer.prepare(part, known), answer, FRESH_S if message.token is None else 0.0)
+        else:
+            self._ask_for(wish.names[0], title, part, answer)
+
+    def _ask_for(self, name: str, title: Title, part: Wanted, then: Then) -> None:
+        """A name stands for what was loaded under it, or, if that was never done, for what its source has now."""
+
+        def keep(version: Version | None, fault: Fault | None) -> None:
+            if version is not None and self.library.titles.get(name) == title and title.version != version.digest:
+                self.library.put(name, replace(title, version=version.digest))
+            then(version, fault)
+
+        self._ask(self._key(part), lambda preparer: preparer.recall(title.version) or preparer.prepare(part, None), keep, None)
 
     def _wanted(self, name: str, token: str | None) -> Wanted:
         """What a name stands for: an adapter that is known by it, or a source, if those may be named. Raises `Refusal`."""
@@ -243,29 +257,33 @@ class AdaptersActor(Actor):
         part = self._wanted(message.name, None)
 
         def then(version: Version | None, fault: Fault | None) -> None:
-            if version is not None:
-                others = sum(pages for digest, pages, _ in self._pins() if digest.hex() != version.digest)
+            title = self.library.titles.get(message.name)
+            if version is not None and title is not None:
+                others = sum(pages for digest, pages, _ in self._pins() or () if digest.hex() != version.digest)
                 most = (self.facts["pages"] if self.facts is not None else 0) // 2
                 if others + version.pages > most:
                     text = f"{others} pages are pinned, and {message.name!r} takes {version.pages}: others must fit beside them"
                     fault = Fault(code="invalid_request", message=text, field="adapter", limit=f"{most} pages")
                 else:
-                    self.library.put(message.name, replace(title, pinned=True, version=version.digest))
+                    self.library.put(message.name, replace(title, pinned=True))
                     self._send_pins()
             self._tell(message, fault)
 
-        self._ask(self._key(part), lambda preparer: preparer.prepare(part, self._known(part)), then, None)
+        self._ask_for(message.name, title, part, then)
 
-    def _pins(self) -> list[tuple[bytes, int, str]]:
-        """Places of all that is pinned and ready."""
+    def _pins(self) -> list[tuple[bytes, int, str]] | None:
+        """Places of all that is pinned; None while it is not known of each of them."""
         places = {}
-        for name, title in self.library.titles.items():
-            if title.pinned and (version := self._known(self._wanted(name, None))) is not None:
-                places[version.digest] = version.place
+        for name in [name for name, title in self.library.titles.items() if title.pinned]:
+            version = self._known(self._wanted(name, None))
+            if version is None:
+                return None
+            places[version.digest] = version.place
         return list(places.values())
 
     def _send_pins(self) -> None:
-        self.mail.send(SCHEDULER, Pin(tuple(self._pins())))
+        if (places := self._pins()) is not None:
+            self.mail.send(SCHEDULER, Pin(tuple(places)))
 
     def _tell(self, message: Manage, fault: Fault | None) -> None:
         rows = tuple([self._row(name, title) for name, title in self.library.titles.items()])

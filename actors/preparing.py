@@ -68,6 +68,18 @@ class Preparer:
         lora, revision = self._read(wanted)
         return self._store(lora, revision)
 
+    def recall(self, digest: str | None) -> Version | None:
+        """What was made ready before, in another life of this actor perhaps; None if it is not there any more."""
+        from penstock.engine.lora.errors import AdapterError
+        from penstock.engine.lora.store import read_size
+
+        if digest is None or (path := self.shelf.find(digest)) is None:
+            return None
+        try:
+            return Version(digest, *read_size(path), str(path))
+        except AdapterError:
+            return None  # it is made anew
+
     def merge(self, parts: Sequence[Wanted], recipe: Recipe) -> Version:
         """Several, merged. Raises `SourceError` and `AdapterError`."""
         from penstock.engine.lora.merge import merge
@@ -86,6 +98,7 @@ class Preparer:
         from penstock.engine.lora.store import write_pages
 
         if self.shelf.find(lora.digest) is None:
-            write_pages(self.shelf.path(lora.digest), *self.layout.lay_out({name: lora.folded(name) for name in lora.weights}, self.dtype))
+            weights = {name: lora.folded(name) for name in lora.weights}
+            write_pages(self.shelf.path(lora.digest), *self.layout.lay_out(weights, self.dtype), lora.rank)
             self.shelf.tidy(keep=lora.digest)
         return Version(lora.digest, -(-lora.rank // RANKS), lora.rank, str(self.shelf.path(lora.digest)), revision)

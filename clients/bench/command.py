@@ -9,16 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from penstock.actors.config import EngineConfig
+from penstock.clients.bench.adapters import ADAPTED_COLUMNS, ONE_COLUMNS, Demand, adapters, read_counts
 from penstock.clients.bench.apart import against_transformers
 from penstock.clients.bench.chaos import chaos
+from penstock.clients.bench.cold import cold
 from penstock.clients.bench.fairness import fairness
 from penstock.clients.bench.kernels import COLUMNS, kernels
 from penstock.clients.bench.kv import kv
 from penstock.clients.bench.offline import offline, online
-from penstock.clients.bench.picture import plot, plot_rates
+from penstock.clients.bench.picture import plot, plot_adapters, plot_rates
 from penstock.clients.bench.pipeline import pipeline
 from penstock.clients.bench.report import machine, show, show_rows
 from penstock.clients.bench.soak import soak
+from penstock.clients.bench.turns import oversubscribed
 from penstock.clients.cli.options import only_given, with_tables
 from penstock.clients.cli.report import reported
 from penstock.clients.errors import PenstockError
@@ -83,6 +86,61 @@ def online_command(
         if plot_file is not None:
             plot_rates(plot_file, f"online, {figures['model']}: {prompt} ids in, {output} tokens out", runs)
         show("online", figures, as_json=as_json)
+
+
+@app.command("adapters")
+@with_tables(EngineConfig, panels=("Engine",), skip=("model", "executor", "adapters", "adapter_sources"))
+def adapters_command(
+    counts: Annotated[str, typer.Option(help="numbers of adapters that share a batch")] = "0,1,8,32,64,128",
+    rank: Annotated[list[int] | None, typer.Option(help="of the adapters; may be repeated: in turn  [default: 16]", min=1)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="`tiny`, a shape as of `offline`, or a folder; none: llama-3.1-8b with a GPU, else cpu-32m")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="runs of each; the fastest counts", min=1)] = 2,
+    requests: Annotated[int, typer.Option(help="all at once, and as many as there are adapters at least", min=1)] = 64,
+    prompt: Annotated[int, typer.Option(help="ids in each prompt", min=1)] = 256,
+    output: Annotated[int, typer.Option(help="tokens for each", min=2)] = 256,
+    one_stream: Annotated[bool, typer.Option(help="measure one stream alone, too")] = True,
+    turns: Annotated[bool, typer.Option("--oversubscribed", help="instead: more adapters in use than fit on the device")] = False,
+    registered: Annotated[int, typer.Option(help="adapters that are known then", min=1)] = 500,
+    in_use: Annotated[int, typer.Option(help="those of them that have a stream each", min=1)] = 200,
+    pool: Annotated[int, typer.Option(help="those that fit on the device", min=1)] = 64,
+    rounds: Annotated[int, typer.Option(help="requests of each, one after another", min=1)] = 2,
+    arriving: Annotated[
+        bool, typer.Option("--cold", help="instead: adapters that were never asked for arrive while others decode")
+    ] = False,
+    resident: Annotated[int, typer.Option(help="streams that decode then", min=1)] = 32,
+    arrive: Annotated[int, typer.Option(help="adapters that arrive, all at once", min=1)] = 32,
+    seconds: Annotated[float, typer.Option(help="before they do", min=0.1)] = 5.0,
+    as_json: Json = False,
+    plot_file: Plot = None,
+    **given: Any,
+) -> None:
+    """Requests with many LoRA adapters, made for this, beside the same requests without."""
+    with reported():
+        if turns and arriving:
+            raise PenstockError("--oversubscribed and --cold are two measurements: one at a time")
+        facts = machine()
+        shape = model or ("cpu-32m" if facts["gpu"] is None else "llama-3.1-8b")
+        config, demand = only_given(given), Demand(requests, prompt, output, tuple(rank or [16]))
+        series: dict[str, list[float]] | None = None
+        if turns:
+            figures, series = asyncio.run(oversubscribed(shape, registered, in_use, pool, rounds, demand, **config))
+        elif arriving:
+            figures, series = asyncio.run(cold(shape, resident, arrive, seconds, demand, **config))
+        else:
+            figures = asyncio.run(adapters(shape, read_counts(counts), demand, repeats, one_stream=one_stream, **config))
+            show_rows(f"adapters on {shape}", figures["rows"], ADAPTED_COLUMNS, as_json=as_json)
+            if one_stream:
+                show_rows("one stream", [figures["one_stream"]], ONE_COLUMNS, as_json=as_json)
+        if plot_file is not None:
+            title = f"{figures['workload']}, {shape}"
+            if series is None:
+                plot_adapters(plot_file, title, figures["rows"])
+            else:
+                plot(plot_file, title, series, "seconds to the first token" if turns else "seconds between tokens", "share")
+        figures["machine"] = facts
+        show("adapters", figures, as_json=as_json)
 
 
 @app.command("kernels")

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from penstock.clients.aio import AsyncClient
@@ -23,6 +24,11 @@ class Trace:
     tokens: int = 0
     chunks: int = 0
 
+    def times(self) -> list[float]:
+        """When each token came, on the clock of its run."""
+        first = self.sent + self.first
+        return [first] * (self.tokens - len(self.gaps)) + [first + since for since in accumulate(self.gaps)]
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -37,6 +43,11 @@ class Run:
         """From the first request sent to the last first token."""
         return max(trace.sent + trace.first for trace in self.traces) - min(trace.sent for trace in self.traces)
 
+    @property
+    def rate(self) -> float:
+        """Output tokens a second."""
+        return sum(trace.tokens for trace in self.traces) / self.seconds
+
     def figures(self) -> dict[str, Any]:
         """The figures that every bench prints. `prefill_tokens_per_s` are the input tokens over the time from the first request sent to
         the last first token: apart from what is decoded after that, though not from what is decoded meanwhile."""
@@ -45,7 +56,7 @@ class Run:
         firsts = [trace.first for trace in self.traces]
         gaps = [gap for trace in self.traces for gap in trace.gaps]
         return {
-            "output_tokens_per_s": output / self.seconds,
+            "output_tokens_per_s": self.rate,
             "input_tokens_per_s": self.input_tokens / self.seconds,
             "prefill_tokens_per_s": self.input_tokens / self.prefill_seconds,
             "seconds": self.seconds,
@@ -68,11 +79,14 @@ def percentile(values: list[float], percent: float) -> float | None:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
-async def run_item(client: AsyncClient, item: Item) -> Trace:
-    """One request, read chunk by chunk. A chunk of k tokens counts as k gaps of a k-th of its own."""
+async def run_item(client: AsyncClient, item: Item, trace: Trace | None = None) -> Trace:
+    """One request, read chunk by chunk. A chunk of k tokens counts as k gaps of a k-th of its own. `trace` is for who must know what came
+    before the request was cancelled."""
     begun = before = time.perf_counter()
-    trace = Trace(sent=begun)
-    stream = client.stream(item.ids, max_tokens=item.max_tokens, temperature=item.temperature, ignore_eos=True, seed=0)
+    trace = trace or Trace()
+    trace.sent = begun
+    params = {"max_tokens": item.max_tokens, "temperature": item.temperature, "ignore_eos": True, "seed": 0}
+    stream = client.stream(item.ids, adapter=item.adapter, **params)
     async for chunk in stream:
         now, count = time.perf_counter(), len(chunk.ids)
         if not count:

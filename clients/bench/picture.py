@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,29 @@ def plot_rates(path: Path, title: str, runs: Mapping[float, Run]) -> None:
             below.minorticks_off()
             below.grid(alpha=0.3)
             below.legend()
+    figure.suptitle(title)
+    _write(figure, path)
+
+
+def plot_adapters(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """By the number of adapters: the ratio to no adapters, and how long a token takes. Raises `PenstockError` as `plot` does."""
+    figure = _figure(12, 5)
+    ratio, gap = figure.subplots(1, 2)
+    rows = sorted(rows, key=lambda row: row["adapters"])
+    top = max(1.15, *(1.1 * row["ratio"] for row in rows))
+    places, counts = range(len(rows)), [str(row["adapters"]) for row in rows]
+    ratio.plot(places, [row["ratio"] for row in rows], marker="o")
+    for place, row in zip(places, rows, strict=True):
+        ratio.annotate(f"{row['output_tokens_per_s']:,.0f} tok/s", (place, row["ratio"]), (0, 8), textcoords="offset points", ha="center")
+    ratio.set(title="tokens a second, to the same without adapters", ylabel="ratio", ylim=(0, top))
+    for percent in (50, 99):
+        gap.plot(places, [1e3 * row[f"itl_p{percent}_s"] for row in rows], marker="o", label=f"p{percent}")
+    gap.set(title="gap between tokens", ylabel="milliseconds", ylim=(0, None))
+    gap.legend()
+    for axes in (ratio, gap):
+        axes.set_xticks(places, counts)
+        axes.set_xlabel("adapters in the batch")
+        axes.grid(alpha=0.3)
     figure.suptitle(title)
     _write(figure, path)
 

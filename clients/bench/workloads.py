@@ -6,17 +6,18 @@ Prompts are random ids and end-of-sequence is ignored, so that random weights of
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One request: prompt ids, tokens to generate, temperature."""
+    """One request: prompt ids, tokens to generate, temperature, and the name of an adapter."""
 
     ids: list[int]
     max_tokens: int
     temperature: float = 0.0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,14 @@ def decode(streams: int, vocab: int) -> Workload:
     """`streams` prompts of 512 ids, 128 tokens each, greedy."""
     draw = random.Random(0)
     return Workload(f"decode_b{streams}", [Item([draw.randrange(vocab) for _ in range(512)], 128) for _ in range(streams)])
+
+
+def adapted(requests: int, prompt: int, output: int, adapters: Sequence[str], vocab: int) -> Workload:
+    """`requests` prompts of `prompt` ids, `output` tokens each, greedy, all at once; request i uses adapter i mod k of k, none of none."""
+    draw = random.Random(0)
+    names = adapters or (None,)
+    items = [Item([draw.randrange(vocab) for _ in range(prompt)], output, adapter=names[i % len(names)]) for i in range(requests)]
+    return Workload(f"{requests} requests, {len(adapters)} adapters", items)
 
 
 def prefill(vocab: int) -> Workload:

@@ -5,10 +5,10 @@
                                              ▼  │
                                           draining   nobody new is let in, and who runs yields after a while
 
-An adapter is wanted while a stream of it is open and it has no pages. Those that are wanted come in the order in which they began to be,
-each as soon as there are pages: free ones, or those of adapters that nobody runs. If there are not enough, and one has waited for a
-while, those that were ready for long enough drain, the most served first. So more adapters than fit take turns, and none starves.
-The pages of an adapter that streams are running with are nobody else's.
+An adapter is wanted while a stream of it is open and it has no pages. Those that are wanted come as soon as there are pages: free ones, or
+those of adapters that no stream is open of. If there are not enough, and one has waited for a while, nobody overtakes it any more, and
+those that were ready for long enough drain, the most served first. So more adapters than fit take turns, and none starves. The pages
+of an adapter that streams are running with are nobody else's.
 
 Within a tenant, adapters are served alike: each has a counter of its tokens, and the smallest is next (as in `engine.queue`).
 """
@@ -22,6 +22,7 @@ from penstock.engine.request import Adapter
 
 PATIENCE_S = 0.1  # that one waits for pages before others drain for it
 TURN_S = 1.0  # that an adapter is ready before it may have to drain
+UNUSED_S = 5.0  # the same if its streams get no slot meanwhile: then the next one would hardly get any sooner
 GRACE_S = 0.5  # for the streams of one that drains, to end by themselves
 BASE = b""  # the digest of no adapter
 
@@ -137,11 +138,11 @@ class Residency:
 
     def plan(self, now: float) -> None:
         """Begin the loads for which there are pages, and decide who drains for the others."""
-        while self._wanted:
-            one = next(iter(self._wanted.values()))
-            if one.adapter is None or not self._make_room(one.adapter.pages, now):
+        for one in list(self._wanted.values()):
+            if one.adapter is not None and self._make_room(one.adapter.pages, now):
+                self._begin(one, one.adapter)
+            elif now - one.since >= PATIENCE_S:
                 break
-            self._begin(one, one.adapter)
         if self._wanted:
             self._drain(now)
         else:
@@ -212,12 +213,13 @@ class Residency:
         self._loads.append(Load(one.load, adapter, one.pages))
 
     def _make_room(self, pages: int, now: float) -> bool:
-        """Evict until so many pages are free, if that can be: those that nobody has streams of first, the longest unused first."""
-        idle = [one for one in self._known.values() if one.idle and (not one.open or one.draining or now - one.since >= TURN_S)]
+        """Evict until so many pages are free, if that can be, the longest unused first."""
+        if len(self._free) >= pages:
+            return True
+        idle = [one for one in self._known.values() if one.idle and (not one.open or one.draining)]
         if len(self._free) + sum(len(one.pages) for one in idle) < pages:
             return False
-        idle.sort(key=lambda one: (one.open > 0, one.left))
-        for one in idle:
+        for one in sorted(idle, key=lambda one: (one.open > 0, one.left)):
             if len(self._free) >= pages:
                 break
             self._evict(one, now)
@@ -246,8 +248,9 @@ class Residency:
         patient = [one for one in self._wanted.values() if one.adapter is not None and now - one.since >= PATIENCE_S]
         missing = sum(one.adapter.pages for one in patient if one.adapter is not None) - len(self._free)
         missing -= sum(len(one.pages) for one in self._known.values() if one.draining or (one.idle and not one.open))
-        running = [one for one in self._known.values() if one.running and not one.pinned and not one.draining]
-        for one in sorted((one for one in running if now - one.since >= TURN_S), key=lambda one: -one.served):
+        ready = [one for one in self._known.values() if one.ready and one.open and not one.pinned and not one.draining]
+        had = [one for one in ready if now - one.since >= (TURN_S if one.running else UNUSED_S)]
+        for one in sorted(had, key=lambda one: -one.served):
             if missing <= 0:
                 return
             one.draining, one.since = True, now

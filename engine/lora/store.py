@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -10,22 +12,37 @@ from penstock.engine.kernels.cache import made_apart
 from penstock.engine.lora.errors import AdapterError
 
 
-def write_pages(path: Path, data: Tensor, used: Tensor) -> None:
-    """What `PageLayout.lay_out` gave. Whoever reads `path` finds all of it or nothing. Raises `OSError`."""
+def write_pages(path: Path, data: Tensor, used: Tensor, rank: int) -> None:
+    """What `PageLayout.lay_out` gave of an adapter of this rank. Whoever reads `path` finds all of it or nothing. Raises `OSError`."""
     from safetensors.torch import save_file
 
     with made_apart(path) as made:
-        save_file({"data": data, "used": used}, made)
+        save_file({"data": data, "used": used}, made, metadata={"rank": str(rank)})
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """How many pages there are, and the adapter's rank. Raises `AdapterError`."""
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return int(file.get_slice("data").get_shape()[0]), int(file.metadata()["rank"])
 
 
 def read_pages(path: Path) -> tuple[Tensor, Tensor]:
     """The same, as views of the file. Raises `AdapterError` (missing_adapter, broken_adapter)."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return file.get_tensor("data"), file.get_tensor("used")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("data"), file.get_tensor("used")
+        yield
     except FileNotFoundError as error:
         raise AdapterError("missing_adapter", f"{path}: there is no such file") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise AdapterError("broken_adapter", f"{path}: {error}") from error

@@ -287,10 +287,13 @@ def test_what_is_pinned_stays_and_no_more_can_be_than_leaves_room(client: Client
     with pytest.raises(InvalidRequest, match="pinned") as caught:
         client.pin_adapter("green")
     assert caught.value.limit == "4 pages"
+    client.restart("adapters")  # what is pinned is known to its successor
+    client.restart("executor")  # and to that of the scheduler's
     end = time.monotonic() + 20
-    while row(client, "red").get("state") != "resident":
+    while not all(row(client, name).get("state") == "resident" for name in ("red", "blue")):
         assert time.monotonic() < end
         time.sleep(0.1)
+    assert row(client, "red")["pinned"]
     for name in ("red", "blue", "green"):
         assert not client.pin_adapter(name, pinned=False)["pinned"]
 
