@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Title:
-    """What a name stands for. `source` is a text, `token` what it wants; `version` the digest that requests get, once it is loaded.
+    """What a name stands for. `source` is a text, `token` what it wants; `version` the digest that requests get, once that is known.
     `pinned`: it is to stay on the device."""
 
     source: str

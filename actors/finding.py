@@ -1,0 +1,122 @@
+"""Having adapters made ready: on threads, many at once, none twice at once; and what came of it, remembered for as long as it holds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from penstock.actors.errors import Fault
+from penstock.actors.preparing import Preparer, Version
+from penstock.actors.sources.errors import SourceError
+from penstock.engine.lora.errors import AdapterError
+
+THREADS = 8  # adapters that are made ready at once
+FAILED_S = 5.0  # for so long what failed is not tried again
+MOST_KNOWN = 4096  # versions and failures that are remembered
+
+Key = tuple[str, ...]  # what is asked for; it may hold secrets, but for the first part, which is for people
+Then = Callable[[Version | None, Fault | None], None]
+
+
+class Finder:
+    """`open` makes what prepares adapters, which takes seconds: it is called when the first one is asked for. `bell` is a descriptor that
+    can be read when `collect` has something to tell."""
+
+    def __init__(self, open: Callable[[], Preparer]) -> None:
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.counts = {"prepared": 0, "failed": 0}
+        self._open = open
+        self._pool = ThreadPoolExecutor(THREADS, "adapters")
+        self._preparer: Future[Preparer] | None = None
+        self._versions: dict[Key, tuple[float, Version]] = {}  # when it was known to be so
+        self._failures: dict[Key, tuple[float, Fault]] = {}
+        self._asked: dict[Key, list[Then]] = {}  # what is under way, and who waits for it
+        self._done: list[tuple[Key, Version | None, Fault | None]] = []
+
+    def __len__(self) -> int:
+        """How many are under way."""
+        return len(self._asked)
+
+    def ask(self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None) -> None:
+        """Have something made ready, unless it has been known for less than `fresh` seconds, or (None) at all. `then` is called now, or by
+        `collect`."""
+        now = time.monotonic()
+        if key in self._asked:
+            self._asked[key].append(then)
+            return
+        when, version = self._versions.get(key, (0.0, None))
+        if version is not None and (fresh is None or now - when < fresh) and Path(version.path).is_file():
+            then(version, None)
+            return
+        when, fault = self._failures.get(key, (0.0, None))
+        if fault is not None and now - when < FAILED_S:
+            then(None, fault)
+            return
+        self._asked[key] = [then]
+        self._preparer = self._preparer or self._pool.submit(self._open)
+        self._pool.submit(self._work, key, work, self._preparer)
+
+    def collect(self) -> Iterator[tuple[str, Fault]]:
+        """Call those who wait for what is done. Yields what has failed, and why."""
+        try:
+            os.eventfd_read(self.bell)
+        except BlockingIOError:
+            return
+        done, self._done = self._done, []
+        for key, version, fault in done:
+            if version is not None:
+                self.counts["prepared"] += 1
+                self.remember(key, version)
+            elif fault is not None:
+                self.counts["failed"] += 1
+                self._failures[key] = time.monotonic(), fault
+                _bound(self._failures)
+                yield key[0], fault
+            for then in self._asked.pop(key):
+                then(version, fault)
+
+    def known(self, key: Key) -> Version | None:
+        found = self._versions.get(key)
+        return None if found is None else found[1]
+
+    def remember(self, key: Key, version: Version) -> None:
+        self._versions[key] = time.monotonic(), version
+        _bound(self._versions)
+
+    def retry(self, key: Key) -> None:
+        """Whoever asks now wants it tried, although it failed."""
+        self._failures.pop(key, None)
+
+    def state(self, key: Key) -> tuple[str, str]:
+        """loading, host (it is ready on this machine), failed or cold; and why it failed."""
+        if key in self._asked:
+            return "loading", ""
+        if key in self._versions:
+            return "host", ""
+        return ("failed", self._failures[key][1].message) if key in self._failures else ("cold", "")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        os.close(self.bell)
+
+    def _work(self, key: Key, work: Callable[[Preparer], Version], preparer: Future[Preparer]) -> None:
+        """On a thread."""
+        version, fault = None, None
+        try:
+            version = work(preparer.result())
+        except SourceError as error:
+            fault = Fault(code="adapter_error", message=error.message, field="adapter", limit=error.code, retryable=error.retry)
+        except AdapterError as error:
+            fault = Fault(code="adapter_error", message=error.message, field=error.field or "adapter", limit=error.code)
+        except Exception as error:  # noqa: BLE001  nobody watches this thread, and who waits must hear of it
+            fault = Fault(code="engine_fault", message=f"{type(error).__name__}: {error}", actor="adapters")
+        self._done.append((key, version, fault))
+        os.eventfd_write(self.bell, 1)
+
+
+def _bound(memory: dict[Key, tuple[float, Version]] | dict[Key, tuple[float, Fault]]) -> None:
+    if len(memory) > MOST_KNOWN:
+        del memory[next(iter(memory))]
