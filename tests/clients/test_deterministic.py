@@ -10,8 +10,11 @@ PROMPTS: list[list[int]] = [[5, 6, 7], [9 + i % 50 for i in range(70)], [11, 4] 
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "max_tokens": 24, "logprobs": 3}
 
 
+ADAPTERS = (None, "shout", "list", "python")  # of the model's own
+
+
 def tell(client: Client, prompt: list[int], number: int) -> list[Any]:
-    whole = client.generate(prompt, temperature=0.9 * (number % 2), seed=number, **PLAIN)
+    whole = client.generate(prompt, adapter=ADAPTERS[number], temperature=0.9 * (number % 2), seed=number, **PLAIN)
     return [(row.id, row.logprob, row.top) for row in whole.logprobs or ()]
 
 
@@ -21,7 +24,9 @@ def test_the_same_request_gives_the_same_bits_under_any_load_and_in_any_engine()
         alone = [tell(client, prompt, number) for number, prompt in enumerate(PROMPTS)]
     assert all(len(told) == 24 for told in alone)
     with launch("tiny", deterministic=True, blocks=256, threads=2, token_budget=24, prefix_cache=False) as client:
-        streams = [client.stream([40 + i, *prompt], **PLAIN | {"max_tokens": 90}) for i, prompt in enumerate(PROMPTS)]
+        streams = [
+            client.stream([40 + i, *prompt], adapter=ADAPTERS[i % 3], **PLAIN | {"max_tokens": 90}) for i, prompt in enumerate(PROMPTS)
+        ]
         assert [tell(client, prompt, number) for number, prompt in enumerate(PROMPTS)] == alone
         for stream in streams:
             stream.completion()
