@@ -36,7 +36,7 @@ class ForkServer:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "penstock.actors.forkserver", "--fd-control", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "penstock.actors.forkserver", "--fd-control", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr,

@@ -75,7 +75,8 @@ class Engine:
         self._report, report_write = os.pipe2(os.O_CLOEXEC)
         death_read, self._death = os.pipe2(os.O_CLOEXEC)
         theirs = (config_read, report_write, death_read)
-        command = [sys.executable, "-m", "penstock.actors.supervisor"]
+        # -P: what lies in the folder that it is started in, under names such as `sched.py`, is none of its modules.
+        command = [sys.executable, "-P", "-m", "penstock.actors.supervisor"]
         command += [f"--fd-{name}={fd}" for name, fd in zip(("config", "report", "death"), theirs, strict=True)]
         try:
             # In a session of its own, Ctrl-C reaches this process only, which then decides what becomes of the engine.

@@ -12,7 +12,7 @@ from penstock.clients.errors import PenstockError
 
 def run_apart(module: str, *arguments: str) -> dict[str, Any]:
     """What `python -m penstock.MODULE ARGUMENTS…` prints. Raises `PenstockError` with the end of what it said, if it fails."""
-    done = subprocess.run([sys.executable, "-m", f"penstock.{module}", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-m", f"penstock.{module}", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise PenstockError(f"{module} failed: {done.stderr[-2000:]}")
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

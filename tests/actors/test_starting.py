@@ -59,3 +59,11 @@ def test_an_actor_that_freezes_before_its_first_word_is_replaced(tmp_path: Path,
         assert raw.wait(Chunks, lambda message: bool(message.done), 60.0).done[0][1]["generated_tokens"] == 5
     (late,) = read_events(tmp_path / "before.jsonl", "not ready")
     assert (late["kind"], late["up"]) == ("tokenizer", False)
+
+
+def test_what_lies_in_the_folder_that_it_is_started_in_is_none_of_its_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sched", "select", "tokenize", "random", "types"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('this is no module of Python: {name}')")
+    monkeypatch.chdir(tmp_path)
+    with Engine("tiny", executor="mock") as engine:
+        engine.wait(60)
