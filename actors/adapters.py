@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from penstock.actors.sources.fetch import Limits, Settings
 from penstock.actors.sources.named import allowed_sources, check_name, check_source
 from penstock.engine.kernels.cache import cache_folder
 from penstock.engine.lora.recipe import Wish
+from penstock.engine.lora.residency import most_pinned
 from penstock.engine.params import InvalidParameter
 
 FRESH_S = 30.0  # for so long what a source has is taken to be what it had
@@ -33,8 +35,7 @@ class AdaptersActor(Actor):
             allowed=allowed_sources(config.adapter_sources), hub_endpoint=config.hub_endpoint, s3_endpoint=config.s3_endpoint
         )  # fmt: skip
         self.library = Library(config, Path(self.post.directory) / "adapters.json")
-        self.folder = Path(config.adapter_cache) if config.adapter_cache else cache_folder() / "adapters"
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder = self._folder()
         self.facts: dict[str, Any] = {}  # what the executor's device has: see `Preparer`
         self.early: list[Find | Manage] = []  # that came before it was known what to prepare for
         self.found = 0
@@ -42,6 +43,19 @@ class AdaptersActor(Actor):
         self.mail.watch(self.finder.bell)
         self.handlers |= {Find: self._find, Manage: self._manage}
         return {}
+
+    def _folder(self) -> Path:
+        """Where what is ready lies. Raises `Refusal` if it is not where it was asked to be."""
+        wanted = self.config.adapter_cache
+        try:
+            folder = Path(wanted) if wanted else cache_folder() / "adapters"
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return folder
+        except OSError as error:
+            if wanted:
+                raise bad("adapter_cache", wanted, f"a folder that can be written to: {error.strerror}") from error
+            self.log.warning("adapters are not kept from one start to the next", error=str(error))
+            return Path(self.post.directory) / "ready"
 
     def _preparer(self) -> Preparer:
         limits = Limits(file_bytes=self.config.adapter_size, total=self.config.adapter_timeout)
@@ -91,13 +105,19 @@ class AdaptersActor(Actor):
         # A private token is checked each time that it is used.
         part, fresh, title = parts[0], FRESH_S if message.token is None else 0.0, self.library.titles.get(wish.names[0])
         if (recipe := wish.recipe) is not None:
-            key = (wish.text, repr(wish), *[text for part in parts for text in _key(part)])
-            self.finder.ask(key, lambda preparer: preparer.merge(parts, recipe), answer, fresh)
-        elif title is not None and message.token is None:
-            self._ask_for(wish.names[0], title, answer)
-        else:
+            key = (", ".join(part.source.shown for part in parts), repr(wish), *[text for part in parts for text in _key(part)])
+            self.finder.ask(key, lambda preparer: preparer.merge(parts, recipe), answer, fresh, far=any(part.far for part in parts))
+        elif title is None:
             known = self.finder.known(_key(part))
-            self.finder.ask(_key(part), lambda preparer: preparer.prepare(part, known), answer, fresh)
+            self.finder.ask(_key(part), lambda preparer: preparer.prepare(part, known), answer, fresh, far=part.far)
+        else:
+            if message.digest in title.versions:  # a stream that had begun goes on with that
+                title = replace(title, versions=(message.digest,))
+            if message.token is None:
+                self._ask_for(wish.names[0], title, answer)
+            else:
+                version, key = title.version, (*_key(part), title.version or "")
+                self.finder.ask(key, lambda preparer: preparer.recall_for(part, version), answer, 0.0, far=part.far)
 
     def _wanted(self, name: str, token: str | None) -> Wanted:
         """What a name stands for: an adapter that is known by it, or a source, if those may be named. Raises `Refusal`."""
@@ -121,11 +141,11 @@ class AdaptersActor(Actor):
 
         def keep(version: Version | None, fault: Fault | None) -> None:
             if version is not None and title.version is None and self.library.titles.get(name) == title:
-                self._name(name, replace(title, version=version.digest), version)
+                self._name(name, title.again(version.digest, title), version)
             then(version, fault)
 
         key = _key_of(title, part)
-        self.finder.ask(key, lambda preparer: preparer.recall(title.version) or preparer.prepare(part, None), keep, None)
+        self.finder.ask(key, lambda preparer: preparer.recall(title.version) or preparer.prepare(part, None), keep, None, far=part.far)
 
     def _name(self, name: str, title: Title, version: Version) -> None:
         self.library.put(name, title)
@@ -177,43 +197,46 @@ class AdaptersActor(Actor):
         known = self.finder.known(_key(part))
 
         def then(version: Version | None, fault: Fault | None) -> None:
-            if version is not None:
-                self._name(name, replace(title, pinned=before is not None and before.pinned, version=version.digest), version)
+            now = self.library.titles.get(name)
+            if version is not None and now is not None and now.pinned:
+                fault = self._too_much(name, version)
+            if version is not None and fault is None:
+                self._name(name, title.again(version.digest, now), version)
                 self._send_pins()
             self._tell(message, fault)
 
         self.finder.retry(_key(part))
-        self.finder.ask(_key(part), lambda preparer: preparer.prepare(part, known), then, 0.0)
+        self.finder.ask(_key(part), lambda preparer: preparer.prepare(part, known), then, 0.0, far=part.far)
 
     def _pin(self, message: Manage) -> None:
         def then(version: Version | None, fault: Fault | None) -> None:
             title = self.library.titles.get(message.name)
-            if version is not None and title is not None:
-                others = sum(pages for digest, pages, _ in self._pins() or () if digest.hex() != version.digest)
-                most = self.facts["pages"] // 2
-                if others + version.pages > most:
-                    text = f"{others} pages are pinned, and {message.name!r} takes {version.pages}: others must fit beside them"
-                    fault = Fault(code="invalid_request", message=text, field="adapter", limit=f"{most} pages")
-                else:
-                    self.library.put(message.name, replace(title, pinned=True))
-                    self._send_pins()
+            if version is not None and title is not None and (fault := self._too_much(message.name, version)) is None:
+                self.library.put(message.name, replace(title, pinned=True))
+                self._send_pins()
             self._tell(message, fault)
 
         self._ask_for(message.name, self._title(message.name), then)
 
-    def _pins(self) -> list[tuple[bytes, int, str]] | None:
-        """Places of all that is pinned; None while it is not known of each of them."""
-        places = {}
-        for title in [title for title in self.library.titles.values() if title.pinned]:
-            version = self.finder.known(_key_of(title, self._of_title(title)))
-            if version is None:
-                return None
-            places[version.digest] = version.place
-        return list(places.values())
+    def _too_much(self, name: str, version: Version) -> Fault | None:
+        """If this, pinned under this name, left too little room for others."""
+        others = {digest: pages for other, (digest, pages, _) in self._pins().items() if other != name and digest.hex() != version.digest}
+        most = most_pinned(self.facts["pages"])
+        if sum(others.values()) + version.pages <= most:
+            return None
+        text = f"{sum(others.values())} pages are pinned, and {name!r} takes {version.pages}: others must fit beside them"
+        return Fault(code="invalid_request", message=text, field="adapter", limit=f"{most} pages")
+
+    def _pins(self) -> dict[str, tuple[bytes, int, str]]:
+        """Places of what is pinned, by name, as far as it is known."""
+        titles = {name: title for name, title in self.library.titles.items() if title.pinned}
+        versions = {name: self.finder.known(_key_of(title, self._of_title(title))) for name, title in titles.items()}
+        return {name: version.place for name, version in versions.items() if version is not None}
 
     def _send_pins(self) -> None:
-        if (places := self._pins()) is not None:
-            self.mail.send(SCHEDULER, Pin(tuple(places)))
+        places = self._pins()
+        if len(places) == sum(title.pinned for title in self.library.titles.values()):  # else more will be known soon
+            self.mail.send(SCHEDULER, Pin(tuple(dict.fromkeys(places.values()))))
 
     def _tell(self, message: Manage, fault: Fault | None) -> None:
         rows = tuple([self._row(name, title) for name, title in self.library.titles.items()])
@@ -232,8 +255,9 @@ class AdaptersActor(Actor):
 
 
 def _key(part: Wanted) -> Key:
-    """Of what is at a source."""
-    return part.source.shown, part.source.text, part.token or ""
+    """Of what is at a source. Folders want no token; and a token is not kept."""
+    token = part.token if part.far and part.token is not None else ""
+    return part.source.shown, part.source.text, blake2b(token.encode(), digest_size=16).hexdigest()
 
 
 def _key_of(title: Title, part: Wanted) -> Key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,9 +21,11 @@ from penstock.actors.resolve import Adapted, Model, check_standing, own_tenant, 
 from penstock.actors.tally import fits
 from penstock.engine.chat import check_messages
 from penstock.engine.lora.recipe import Wish
+from penstock.engine.lora.residency import largest_adapter
 from penstock.engine.params import LONGEST_NAME, InvalidParameter, PromptOptions, SamplingParams
 from penstock.engine.tokenfiles import TokenizeError
 
+TOKEN = re.compile(r"[\x21-\x7e]{1,8192}")  # what a source wants
 ENDED = 4  # times `max_open`: streams kept of all clients, most of them ended and not acknowledged yet
 
 
@@ -60,6 +63,8 @@ class Admission:
             raise _bad("prompt", given, "exactly one of prompt, messages, ids and resume")
         if message.prompt == "" or message.messages == ():
             raise _bad(given[0], "", "not empty")
+        if message.adapter_token is not None and not TOKEN.fullmatch(message.adapter_token):
+            raise _bad("adapter_token", "…", "1 to 8192 printable ASCII characters without spaces")
         if message.resume is not None:
             return self._admit_again(request, message.resume, message.adapter_token, model, journal, held)
         if message.messages is not None:
@@ -99,7 +104,7 @@ class Admission:
         request.received = received
         wish = None if resolved.adapter is None else resolved.adapter.wish
         _check_adapters(wish, model)
-        job = self.jobs.new(request, None, resolved.tenant, wish, token)
+        job = self.jobs.new(request, None, resolved.tenant, wish, token, None if resolved.adapter is None else resolved.adapter.digest)
         if not job.complete:
             self.jobs.keep(job, request.streams, request.streams * resolved.prompt_tokens)
         return job
@@ -108,7 +113,8 @@ class Admission:
         """The adapter of an open request is not where it was."""
         adapted = request.value.adapter
         if request.job is None and adapted is not None:
-            self.jobs.keep(self.jobs.new(request, None, request.value.tenant, adapted.wish, request.adapter_token), 0, 0)
+            job = self.jobs.new(request, None, request.value.tenant, adapted.wish, request.adapter_token, adapted.digest)
+            self.jobs.keep(job, 0, 0)
 
     def _limit(self, tenant: str, streams: int, journal: Journal, held: Held, tokens: int) -> None:
         most = self.config.max_open
@@ -165,9 +171,10 @@ class Admission:
         if job.found is not None:
             place = job.request.adapter = job.found.place
             digest = place[0].hex()
-            if place[1] > model.adapter_pages:
-                text = f"the adapter takes {place[1]} pages of 16 ranks"
-                raise Refusal("adapter_error", text, field="adapter", value=str(place[1]), limit=f"{model.adapter_pages} pages")
+            most = largest_adapter(model.adapter_pages)
+            if place[1] > most:
+                text = f"the adapter takes {place[1]} pages of 16 ranks, and there are {model.adapter_pages}, half of which may be pinned"
+                raise Refusal("adapter_error", text, field="adapter", value=str(place[1]), limit=f"{most} pages")
         if job.asked is None:
             began = job.request.value.adapter
             if began is not None and began.digest != digest:

@@ -76,6 +76,7 @@ class Desk:
             self._reception.answer(session, Report(query, answer))
 
     def order_again(self) -> None:
-        """The adapters actor was replaced."""
+        """The adapters actor was replaced. An order that it cannot bear leaves with whoever gave it."""
+        self._orders = {number: one for number, one in self._orders.items() if one[0] in self._reception.sessions}
         for _, _, order in self._orders.values():
             self._send(order)

@@ -165,6 +165,9 @@ class DetokenizerActor(Actor):
 
     def _end(self, handle: int, live: Live, reason: str, facts: dict[str, Any], closing: int | None, out: Outgoing) -> None:
         del self.streams[handle]
+        if reason == "adapter_lost":  # it goes on, and what is held back comes again
+            out.ends.append((handle, live.attempt, reason, {**facts, "generated": live.released}))
+            return
         text = live.stream.finish(closing)
         ids = live.stream.ids or ()
         if ids or text:

@@ -6,16 +6,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from penstock.actors.errors import Fault
 from penstock.actors.preparing import Preparer, Version
 from penstock.actors.sources.errors import SourceError
 from penstock.engine.lora.errors import AdapterError
 
-THREADS = 8  # adapters that are made ready at once
+NEAR, FAR = 8, 32  # adapters that are made ready at once: of this machine, and of others, which may be slow
 FAILED_S = 5.0  # for so long what failed is not tried again
-MOST_KNOWN = 4096  # versions and failures that are remembered
+MOST_KNOWN = 4096  # versions that are remembered
 
 Key = tuple[str, ...]  # what is asked for; it may hold secrets, but for the first part, which is for people
 Then = Callable[[Version | None, Fault | None], None]
@@ -29,7 +28,7 @@ class Finder:
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.counts = {"prepared": 0, "failed": 0}
         self._open = open
-        self._pool = ThreadPoolExecutor(THREADS, "adapters")
+        self._near, self._far = ThreadPoolExecutor(NEAR, "adapters"), ThreadPoolExecutor(FAR, "far adapters")
         self._preparer: Future[Preparer] | None = None
         self._versions: dict[Key, tuple[float, Version]] = {}  # when it was known to be so
         self._failures: dict[Key, tuple[float, Fault]] = {}
@@ -40,15 +39,15 @@ class Finder:
         """How many are under way."""
         return len(self._asked)
 
-    def ask(self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None) -> None:
+    def ask(self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None, *, far: bool) -> None:
         """Have something made ready, unless it has been known for less than `fresh` seconds, or (None) at all. `then` is called now, or by
-        `collect`."""
+        `collect`. `far`: another machine has it."""
         now = time.monotonic()
         if key in self._asked:
             self._asked[key].append(then)
             return
         when, version = self._versions.get(key, (0.0, None))
-        if version is not None and (fresh is None or now - when < fresh) and Path(version.path).is_file():
+        if version is not None and (fresh is None or now - when < fresh) and _is_there(version):
             then(version, None)
             return
         when, fault = self._failures.get(key, (0.0, None))
@@ -56,8 +55,9 @@ class Finder:
             then(None, fault)
             return
         self._asked[key] = [then]
-        self._preparer = self._preparer or self._pool.submit(self._open)
-        self._pool.submit(self._work, key, work, self._preparer)
+        if self._preparer is None or (self._preparer.done() and self._preparer.exception() is not None):
+            self._preparer = self._near.submit(self._open)
+        (self._far if far else self._near).submit(self._work, key, work, self._preparer)
 
     def collect(self) -> Iterator[tuple[str, Fault]]:
         """Call those who wait for what is done. Yields what has failed, and why."""
@@ -72,8 +72,8 @@ class Finder:
                 self.remember(key, version)
             elif fault is not None:
                 self.counts["failed"] += 1
-                self._failures[key] = time.monotonic(), fault
-                _bound(self._failures)
+                now = time.monotonic()
+                self._failures = {one: found for one, found in self._failures.items() if now - found[0] < FAILED_S} | {key: (now, fault)}
                 yield key[0], fault
             for then in self._asked.pop(key):
                 then(version, fault)
@@ -84,7 +84,8 @@ class Finder:
 
     def remember(self, key: Key, version: Version) -> None:
         self._versions[key] = time.monotonic(), version
-        _bound(self._versions)
+        if len(self._versions) > MOST_KNOWN:
+            del self._versions[next(iter(self._versions))]
 
     def retry(self, key: Key) -> None:
         """Whoever asks now wants it tried, although it failed."""
@@ -99,8 +100,10 @@ class Finder:
         return ("failed", self._failures[key][1].message) if key in self._failures else ("cold", "")
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        os.close(self.bell)
+        for pool in (self._near, self._far):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if not self._asked:  # else a thread may still ring it
+            os.close(self.bell)
 
     def _work(self, key: Key, work: Callable[[Preparer], Version], preparer: Future[Preparer]) -> None:
         """On a thread."""
@@ -117,6 +120,10 @@ class Finder:
         os.eventfd_write(self.bell, 1)
 
 
-def _bound(memory: dict[Key, tuple[float, Version]] | dict[Key, tuple[float, Fault]]) -> None:
-    if len(memory) > MOST_KNOWN:
-        del memory[next(iter(memory))]
+def _is_there(version: Version) -> bool:
+    """On disk; it counts as used, then."""
+    try:
+        os.utime(version.path)
+    except OSError:
+        return False
+    return True

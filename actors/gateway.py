@@ -307,8 +307,10 @@ class GatewayActor(Actor):
 
     def _find_again(self, entry: Entry) -> None:
         """Its adapter was not where it had been: somebody has tidied up, perhaps."""
-        request = entry.request
+        request, made = entry.request, sum(len(one.ids) for one in entry.request.entries)
         entry.unadapted = True
+        if made > request.made:
+            request.made, request.losses = made, 0
         request.losses += request.job is None
         if request.losses > MOST_LOSSES:
             text = "the adapter could not be loaded, although it was made ready again: see the executor's log"
@@ -324,6 +326,7 @@ class GatewayActor(Actor):
         self.handover.close(entry)
         entry.request.session.mark(entry)
         if entry.request.state != "open":
+            self.admission.jobs.forget(entry.request)
             self.totals["finished"] += 1
 
     def _fail(self, request: OpenRequest, fault: Fault) -> None:

@@ -69,13 +69,15 @@ class Jobs:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._open.values())
 
-    def new(self, request: OpenRequest, asked: Asked | None, tenant: str, wish: Wish | None, token: str | None) -> Job:
-        """A job that nobody has yet; `keep` it if it is not complete."""
+    def new(
+        self, request: OpenRequest, asked: Asked | None, tenant: str, wish: Wish | None, token: str | None, digest: str | None = None
+    ) -> Job:
+        """A job that nobody has yet; `keep` it if it is not complete. `digest` is that of the adapter that the request began with."""
         self._numbers += 1
         job = Job(self._numbers, request, asked, tenant)
         if wish is not None:
             request.adapter_token = token
-            job.find = Find(job.number, wish.to_wire(), token)
+            job.find = Find(job.number, wish.to_wire(), token, digest)
         return job
 
     def keep(self, job: Job, streams: int, tokens: int) -> None:

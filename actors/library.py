@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,27 @@ from penstock.engine.open import model_folder
 if TYPE_CHECKING:
     from penstock.actors.config import EngineConfig
 
+MOST_VERSIONS = 16  # of a name, that streams which have begun may go on with
+
 
 @dataclass(frozen=True, slots=True)
 class Title:
-    """What a name stands for. `source` is a text, `token` what it wants; `version` the digest that requests get, once that is known.
-    `pinned`: it is to stay on the device."""
+    """What a name stands for. `source` is a text, `token` what it wants; `versions` are the digests of what it has stood for, the one that
+    requests get last, once that is known. `pinned`: it is to stay on the device."""
 
     source: str
     token: str | None = None
     pinned: bool = False
-    version: str | None = None
+    versions: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str | None:
+        return self.versions[-1] if self.versions else None
+
+    def again(self, version: str, before: Title | None) -> Title:
+        """With this version, in the place of what the name stood for."""
+        old = [other for other in (before.versions if before is not None else ()) if other != version]
+        return replace(self, versions=(*old, version)[-MOST_VERSIONS:], pinned=before is not None and before.pinned)
 
 
 class Library:
@@ -33,7 +44,8 @@ class Library:
         self.file = file
         self.titles: dict[str, Title] = {name: Title(source) for name, source in configured(config).items()}
         if file.is_file():
-            self.titles = {name: Title(**values) for name, values in json.loads(file.read_text()).items()}
+            found = json.loads(file.read_text())
+            self.titles = {name: Title(**{**values, "versions": tuple(values["versions"])}) for name, values in found.items()}
 
     def put(self, name: str, title: Title) -> None:
         self.titles[name] = title
@@ -54,7 +66,7 @@ def configured(config: EngineConfig) -> dict[str, str]:
     """The sources of the adapters that an engine knows from its start, by name: what lies beside the model in its folder `adapters`, and
     those of the settings."""
     folder = Path(model_folder(config.model)) / "adapters"
-    found = {path.parent.name: str(path.parent.absolute()) for path in sorted(folder.glob("*/adapter_config.json"))}
+    found = {path.parent.name: os.path.realpath(path.parent) for path in sorted(folder.glob("*/adapter_config.json"))}
     return found | {name: source.text for name, source in named_sources(config.adapters).items()}
 
 

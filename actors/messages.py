@@ -126,12 +126,13 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Find:
-    """To the adapters actor: have an adapter ready. `wish` is what a client asked for (`engine.lora.wish`), `token` its key to the source.
-    The gateway's incarnation is in the upper half of `job`."""
+    """To the adapters actor: have an adapter ready. `wish` is what a client asked for (`engine.lora.recipe`), `token` its key to the
+    source; `digest` what it was when the request began, if it has. The gateway's incarnation is in the upper half of `job`."""
 
     job: int
     wish: dict[str, Any]
     token: str | None
+    digest: str | None
 
 
 @dataclass(frozen=True, slots=True)

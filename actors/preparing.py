@@ -43,6 +43,11 @@ class Wanted:
     token: str | None
     settings: Settings
 
+    @property
+    def far(self) -> bool:
+        """Whether it may take as long as somebody else's machine takes."""
+        return self.source.kind != "local"
+
 
 class Preparer:
     """For the model whose executor told these `facts` (`Adapters.facts`). Imports torch."""
@@ -79,6 +84,11 @@ class Preparer:
             return Version(digest, *read_size(path), str(path))
         except AdapterError:
             return None  # it is made anew
+
+    def recall_for(self, wanted: Wanted, digest: str | None) -> Version:
+        """What was made ready before, for somebody with a token, if the source lets it in; else what is there now."""
+        probe(wanted.source, wanted.token, self.limits, wanted.settings)
+        return self.recall(digest) or self.prepare(wanted, None)
 
     def merge(self, parts: Sequence[Wanted], recipe: Recipe) -> Version:
         """Several, merged. Raises `SourceError` and `AdapterError`."""

@@ -81,7 +81,8 @@ class OpenRequest:
     resolved: Resolved | None = None
     adapter: tuple[Any, ...] = ()  # where it is: see `messages.Found`
     adapter_token: str | None = field(default=None, repr=False)
-    losses: int = 0  # of the adapter, from where it was
+    losses: int = 0  # of the adapter, from where it was, since so many tokens were `made`
+    made: int = 0
     received: list[array[int]] = field(default_factory=list)  # ids of each stream that its client brought along
     tokenized: float = 0.0
     entries: list[Entry] = field(default_factory=list)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
+ABANDONED_S = 86_400.0  # after so long nobody is at an adapter any more that is being made ready, in a folder of its own
+
 
 class Shelf:
-    """A folder of files `<digest>.safetensors` that take at most `limit` bytes, or the newest one more. Several engines may share it: a
-    file is whole or not there, and one that is gone is made again."""
+    """A folder of files `<digest>.safetensors`. They and those in the folders beside it, for other models, take at most `limit` bytes, or
+    the newest one more. Several engines may share it: a file is whole or not there, and one that is gone is made again."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for left in folder.iterdir():  # by an engine that was killed
+            with suppress(OSError):
+                if left.is_dir() and time.time() - left.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def path(self, digest: str) -> Path:
         return self.folder / f"{digest}.safetensors"
@@ -29,14 +37,14 @@ class Shelf:
     def tidy(self, keep: str) -> int:
         """Remove what is too much, `keep` excepted. Returns the bytes that are left."""
         files = []
-        for entry in os.scandir(self.folder):
+        for path in {path.resolve() for path in self.folder.parent.glob("*/*.safetensors")}:
             with suppress(OSError):  # another engine may be tidying, too
-                files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         left = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if left <= self.limit:
                 break
-            if path.endswith(".safetensors") and path != str(self.path(keep)):
-                Path(path).unlink(missing_ok=True)
+            if path != self.path(keep).resolve():
+                path.unlink(missing_ok=True)
                 left -= size
         return left

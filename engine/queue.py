@@ -10,7 +10,7 @@ a high one was served says nothing about whose turn it is among those who waited
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, Protocol, TypeVar
 
@@ -32,12 +32,11 @@ class Waiting(Protocol):
 
 
 W = TypeVar("W", bound=Waiting)
-Rank = Callable[[bytes], int | None]  # of an adapter: tokens that it was served; None: who waits for it cannot run now
+Able = Callable[[bytes], bool]  # of an adapter: whether who waits for it can run now
 
 
-def alike(_: bytes) -> int:
-    """A `Rank`: adapters make no difference."""
-    return 0
+def every(_: bytes) -> bool:
+    return True
 
 
 class FairQueue(Generic[W]):
@@ -63,6 +62,7 @@ class FairQueue(Generic[W]):
         if level.head() is not None:
             floor = min(floor, level.heap[0][0]) if floor else level.heap[0][0]
         line = level.lines.get(entry.tenant)
+        level.lift(line, entry)
         if line is None or line.empty():
             counter = level.served[entry.tenant] = max(level.served.get(entry.tenant, 0), level.turn, floor)
         if line is None:
@@ -81,7 +81,7 @@ class FairQueue(Generic[W]):
         return level.served.get(tenant, level.turn) if level is not None else 0
 
     def head(self) -> W | None:
-        """The entry that is next, left in the queue, when adapters make no difference."""
+        """The entry that is next, left in the queue, when every adapter can run."""
         while self._active:
             priority = max(self._active)
             entry = self._active[priority].head()
@@ -90,10 +90,11 @@ class FairQueue(Generic[W]):
             del self._active[priority]
         return None
 
-    def head_at(self, priority: int, without: Collection[str] = (), rank: Rank = alike) -> W | None:
-        """The entry that is next at this priority, when the tenants `without` do not count."""
+    def head_at(self, priority: int, without: Collection[str] = (), able: Able = every) -> W | None:
+        """The entry that is next at this priority, when the tenants `without` do not count, nor those who wait for an adapter that is not
+        `able`."""
         level = self._active.get(priority)
-        return level.head(without, rank) if level is not None else None
+        return level.head(without, able) if level is not None else None
 
     def pop(self, entry: W) -> W:
         """Take an entry out that is waiting: one that `head` or `head_at` returned."""
@@ -108,6 +109,12 @@ class FairQueue(Generic[W]):
         if level is not None:
             level.served[tenant] = level.served.pop(tenant, level.turn) + tokens  # moved to the end: the order is that of service
 
+    def charge_adapter(self, priority: int, tenant: str, adapter: bytes, tokens: int) -> None:
+        """So many of a tenant's tokens were served with this adapter. Of who uses one only, nothing need be counted."""
+        level = self._levels.get(priority)
+        if level is not None:
+            level.adapted[tenant, adapter] = level.adapted.pop((tenant, adapter), 0) + tokens
+
     def _sweep(self) -> None:
         """Drop what is gone but was not met, and counters that nobody is compared with; often enough to bound both, seldom enough to
         cost nothing."""
@@ -121,19 +128,28 @@ class FairQueue(Generic[W]):
 class Level(Generic[W]):
     """One priority."""
 
-    __slots__ = ("heap", "lines", "served", "turn")
+    __slots__ = ("adapted", "heap", "lines", "served", "turn")
 
     def __init__(self) -> None:
         self.lines: dict[str, Line[W]] = {}  # by tenant
         self.heap: list[tuple[int, str]] = []  # (counter when pushed, tenant) of each line; counters only grow
         self.served: dict[str, int] = {}
+        self.adapted: dict[tuple[str, bytes], int] = {}  # the same for each adapter of a tenant
         self.turn = 0  # the smallest counter of a line when one was served last; no line has a smaller one
 
     @property
     def waiting(self) -> int:
         return sum(line.waiting for line in self.lines.values())
 
-    def head(self, without: Collection[str] = (), rank: Rank = alike) -> W | None:
+    def lift(self, line: Line[W] | None, entry: W) -> None:
+        """Somebody comes for an adapter that none of its tenant's waits for: nobody can save up."""
+        if line is None or not line.waits_for(entry.adapter):
+            key, others = (entry.tenant, entry.adapter), [] if line is None else list(line.queues)
+            least = min((self.adapted.get((entry.tenant, other), 0) for other in others), default=0)
+            if least > self.adapted.get(key, 0):
+                self.adapted[key] = least
+
+    def head(self, without: Collection[str] = (), able: Able = every) -> W | None:
         aside: list[tuple[int, str]] = []
         found: W | None = None
         while self.heap and found is None:
@@ -144,7 +160,7 @@ class Level(Generic[W]):
                 heappop(self.heap)
             elif counter != self.served[tenant]:
                 heapreplace(self.heap, (self.served[tenant], tenant))
-            elif tenant in without or (found := line.head(rank)) is None:
+            elif tenant in without or (found := line.head(tenant, self.adapted, able)) is None:
                 aside.append(heappop(self.heap))
         for entry in aside:
             heappush(self.heap, entry)
@@ -155,6 +171,9 @@ class Level(Generic[W]):
             line.sweep()
         self.lines = {tenant: line for tenant, line in self.lines.items() if line.queues}
         recent = set(list(self.served)[-REMEMBERED:])
+        fresh = set(list(self.adapted)[-REMEMBERED:])
+        there = {(tenant, adapter) for tenant, line in self.lines.items() for adapter in line.queues}
+        self.adapted = {key: served for key, served in self.adapted.items() if key in there or key in fresh}
         self.served = {tenant: served for tenant, served in self.served.items() if tenant in self.lines or tenant in recent}
         self.heap = [(self.served[tenant], tenant) for tenant in self.lines]
         heapify(self.heap)
@@ -185,15 +204,18 @@ class Line(Generic[W]):
         """Whether nobody waits."""
         return not any(self._queue(adapter) for adapter in list(self.queues))
 
-    def head(self, rank: Rank) -> W | None:
+    def head(self, tenant: str, served: Mapping[tuple[str, bytes], int], able: Able) -> W | None:
         """The first of the adapter that was served least; None if nobody can run."""
         found: W | None = None
         least = 0
         for adapter in list(self.queues):
             queue = self._queue(adapter)
-            if queue and (served := rank(adapter)) is not None and (found is None or served < least):
-                found, least = queue[0], served
+            if queue and able(adapter) and (found is None or served.get((tenant, adapter), 0) < least):
+                found, least = queue[0], served.get((tenant, adapter), 0)
         return found
+
+    def waits_for(self, adapter: bytes) -> bool:
+        return self._queue(adapter) is not None
 
     def _queue(self, adapter: bytes) -> deque[W] | None:
         """Who waits for an adapter; whoever is gone is dropped on the way."""

@@ -46,16 +46,19 @@ class Room:
         self.residency = Residency(config.adapter_pages, config.slots)
 
     def turn_adapters(self, now: float) -> None:
-        """Streams yield whose adapter has to make room for another one."""
+        """Streams yield whose adapter has to make room for another one; but not before the first token of their stay, or a prompt that
+        takes longer than a turn would be begun again and again."""
         yielding = self.residency.yielding(now)
         if yielding:
-            for stream in [stream for stream in self.slots.occupants() if stream.adapter in yielding]:
-                self.preempt(stream)
+            slots = self.slots
+            for stream in [stream for stream in slots.occupants() if stream.adapter in yielding]:
+                if slots.known[stream.slot] > slots.first[stream.slot]:
+                    self.preempt(stream)
         self.residency.plan(now)
 
     def next(self, priority: int, without: Collection[str] = ()) -> Stream | None:
         """Who is next in the queue, of those whose adapter is here."""
-        return self.queue.head_at(priority, without, self.residency.rank)
+        return self.queue.head_at(priority, without, self.residency.can_run)
 
     def comer(self, priority: int, first: Stream | None, running: Collection[str]) -> str | None:
         """The tenant of the next stream that can be let in, if it has none running."""

@@ -30,6 +30,8 @@ from penstock.engine.slots import Int64
 from penstock.engine.stream import NO_TOKENS, NOWHERE, Stream, known_tokens
 from penstock.engine.turns import Allowance, Turns
 
+ADAPTERS = 2**20  # more than can run at once
+
 __all__ = ["NO_TOKENS", "Commit", "Counters", "Ended", "PromptLogprobs", "Scheduler", "SchedulerConfig"]
 
 
@@ -102,7 +104,8 @@ class Scheduler:
         if not len(request.prompt) or not self.fits(known) or len(request.generated) >= request.limit:
             raise ValueError(f"a request of {known} known tokens with limit {request.limit} cannot run here")
         if not self.fits_adapter(request.adapter):
-            raise ValueError(f"{request.adapter} does not fit into what is left of {self.config.adapter_pages} pages")
+            pages = 0 if request.adapter is None else request.adapter.pages
+            raise ValueError(f"an adapter of {pages} pages does not fit beside those that are pinned, in {self.config.adapter_pages} pages")
         before = self._streams.get(request.handle)
         if before is not None:
             if before.attempt >= request.attempt:
@@ -112,7 +115,7 @@ class Scheduler:
         stream = Stream(replace(request, limit=min(request.limit, most)), self._submitted, now, known_tokens(request))
         self._submitted += 1
         self._streams[request.handle] = stream
-        self._residency.open(request.adapter, now)
+        self._residency.open(request.adapter, request.priority, now)
         self._queue.push(stream, floor=self._least_served(stream.priority))
         self._deadlines.watch(stream)
 
@@ -219,7 +222,7 @@ class Scheduler:
         if len(tokens):
             draft.chunk(stream.slot, tokens)
             self._queue.charge(stream.priority, stream.tenant, len(tokens))
-            self._residency.charge(int(self._slots.adapter[stream.slot]), len(tokens))
+            self._charge_adapter(stream.priority, stream.tenant, int(self._slots.adapter[stream.slot]), len(tokens))
             # From here on others may share what this step computes: in each layer all keys are written before any is read.
             self._prefixes.offer(stream, start + len(tokens))
 
@@ -256,8 +259,10 @@ class Scheduler:
         for share, tokens in enumerate(np.bincount(running.share[slots]).tolist()):
             if tokens:
                 queue.charge(*running.shares[share], tokens)
-        for adapter, tokens in enumerate(np.bincount(running.adapter[slots]).tolist()):
-            self._residency.charge(adapter, tokens)
+        if running.adapter[slots].any():
+            pairs, counts = np.unique(running.share[slots] * ADAPTERS + running.adapter[slots], return_counts=True)
+            for pair, tokens in zip(pairs.tolist(), counts.tolist(), strict=True):
+                self._charge_adapter(*running.shares[pair // ADAPTERS], pair % ADAPTERS, tokens)
         for stream in running.at(slots[known == running.first[slots]]):
             self._begin(stream, now)
         self._prefixes.offer_generated(slots)
@@ -271,6 +276,10 @@ class Scheduler:
         self.counters.sampled_tokens += len(rows)
         told, self._told = tuple(self._told), []
         return Commit(handles, attempts, offsets, result.ids[rows], self.take_ended(), rows, result.logprobs, told)
+
+    def _charge_adapter(self, priority: int, tenant: str, adapter: int, tokens: int) -> None:
+        """`adapter` is its number among those that run."""
+        self._queue.charge_adapter(priority, tenant, self._residency.charge(adapter, tokens), tokens)
 
     def _settle(self, launched: Launched, rows: list[int], ids: Int32, now: float) -> list[tuple[int, int, int, int]]:
         """Results for streams that left their slot since: one that was preempted takes them (else it would make no progress), one
@@ -302,7 +311,7 @@ class Scheduler:
         stream.gone, stream.prompt_parts = True, []  # a recorder remembers the stream, and need not what nobody gets
         if stream.slot != NOWHERE:
             self._room.leave(stream)
-        self._residency.close(stream.request.adapter)
+        self._residency.close(stream.request.adapter, stream.priority)
         del self._streams[stream.handle]
 
     def _end(self, stream: Stream, reason: str, now: float) -> None:

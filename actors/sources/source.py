@@ -131,8 +131,10 @@ class Allowed:
     def plus(self, source: Source) -> Allowed:
         """And what an operator allows by naming this one."""
         match source.kind:
-            case "local":
-                return replace(self, folders=(*self.folders, source.place))
+            case "local":  # and where the links in it lead to now, as those in a hub's cache do
+                files = [os.path.join(source.place, name) for name in ("adapter_config.json", "adapter_model.safetensors")]
+                places = [os.path.dirname(os.path.realpath(file)) for file in files]
+                return replace(self, folders=(*self.folders, source.place, *places))
             case "hub":
                 return replace(self, organisations=(*self.organisations, source.place.rpartition("/")[0] or "*"))
             case "s3":

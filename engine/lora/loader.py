@@ -55,6 +55,8 @@ class AdapterLoader:
                 error = None
             except (AdapterError, RuntimeError, ValueError) as failure:
                 error = f"{type(failure).__name__}: {failure}"
+                if isinstance(failure, AdapterError | ValueError):  # a file that is broken would be found again and again
+                    Path(order.path).unlink(missing_ok=True)
             order.told(error)
 
     @torch.inference_mode()

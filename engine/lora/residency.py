@@ -10,13 +10,13 @@ those of adapters that no stream is open of. If there are not enough, and one ha
 those that were ready for long enough drain, the most served first. So more adapters than fit take turns, and none starves. The pages
 of an adapter that streams are running with are nobody else's.
 
-Within a tenant, adapters are served alike: each has a counter of its tokens, and the smallest is next (as in `engine.queue`).
+Priorities go first: nobody drains for a stream of a lower one. How the streams of adapters share slots is `engine.queue`'s.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.engine.request import Adapter
 
@@ -25,6 +25,7 @@ TURN_S = 1.0  # that an adapter is ready before it may have to drain
 UNUSED_S = 5.0  # the same if its streams get no slot meanwhile: then the next one would hardly get any sooner
 GRACE_S = 0.5  # for the streams of one that drains, to end by themselves
 BASE = b""  # the digest of no adapter
+LOWEST = -(2**31)  # below any priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,9 @@ class Resident:
     """What is known of an adapter. `since`: when it began to be wanted, to be ready or to drain, whichever was last."""
 
     adapter: Adapter | None  # None: the base model
-    served: int  # tokens, and those that it was lifted by
+    served: int = 0  # tokens
     open: int = 0  # streams
+    priorities: dict[int, int] = field(default_factory=dict)  # how many of each
     running: int = 0  # those of them that have a slot
     number: int = 0  # while some run: see `Residency.numbers`
     pages: tuple[int, ...] = ()
@@ -52,6 +54,11 @@ class Resident:
     pinned: bool = False
     since: float = 0.0
     left: int = 0  # when the last of its streams left a slot, in such events
+
+    @property
+    def priority(self) -> int:
+        """The highest of its streams."""
+        return max((priority for priority, count in self.priorities.items() if count), default=LOWEST)
 
     @property
     def state(self) -> str:
@@ -71,7 +78,7 @@ class Residency:
     def __init__(self, pages: int, slots: int) -> None:
         self.pages = pages
         self._free = list(range(pages - 1, -1, -1))
-        self._known = {BASE: Resident(None, 0, ready=True, pinned=True)}
+        self._known = {BASE: Resident(None, ready=True, pinned=True)}
         self._wanted: OrderedDict[bytes, Resident] = OrderedDict()
         self._draining: list[Resident] = []
         self._loads: list[Load] = []
@@ -87,31 +94,30 @@ class Residency:
             return True
         return 0 < adapter.pages <= self.pages - self._pinned()
 
-    def open(self, adapter: Adapter | None, now: float) -> None:
+    def open(self, adapter: Adapter | None, priority: int, now: float) -> None:
         """There is one more stream of it."""
         one = self._known.get(digest_of(adapter))
-        floor = min((other.served for other in self._known.values() if other.open), default=0)
         if one is None:
-            one = self._known[digest_of(adapter)] = Resident(adapter, floor)
-        else:
-            one.adapter = adapter  # it may lie elsewhere now
-            one.served = one.served if one.open else max(one.served, floor)
+            one = self._known[digest_of(adapter)] = Resident(adapter)
+        one.adapter = adapter  # it may lie elsewhere now
         one.open += 1
+        one.priorities[priority] = one.priorities.get(priority, 0) + 1
         self._want(one, now)
 
-    def close(self, adapter: Adapter | None) -> None:
+    def close(self, adapter: Adapter | None, priority: int) -> None:
         """One of its streams, which has no slot, is no more."""
         one = self._known[digest_of(adapter)]
         one.open -= 1
+        one.priorities[priority] -= 1
         self._forget(one)
 
-    def rank(self, digest: bytes) -> int | None:
-        """What was served of an adapter that streams wait for; None if they cannot be let in now."""
+    def can_run(self, digest: bytes) -> bool:
+        """Whether a stream that waits for it can be let in now."""
         one = self._known[digest]
-        return one.served if one.ready and not one.draining else None
+        return one.ready and not one.draining
 
     def enter(self, adapter: Adapter | None) -> tuple[int, tuple[int, ...]]:
-        """A stream of it, which `rank` lets in, gets a slot. Returns its number among the adapters that run, and its pages."""
+        """A stream of it, which `can_run`, gets a slot. Returns its number among the adapters that run, and its pages."""
         one = self._known[digest_of(adapter)]
         if not one.running and one.adapter is not None:
             one.number = self._unused.pop()
@@ -129,16 +135,19 @@ class Residency:
             self._numbered[one.number] = None
             self._unused.append(one.number)
 
-    def charge(self, number: int, tokens: int) -> None:
-        """Tokens were served to the streams that run with one."""
-        if (one := self._numbered[number]) is not None:
-            one.served += tokens
+    def charge(self, number: int, tokens: int) -> bytes:
+        """Tokens were served to the streams that run with one. Returns its digest."""
+        one = self._numbered[number]
+        if one is None:
+            return BASE
+        one.served += tokens
+        return digest_of(one.adapter)
 
     # ── pages ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float) -> None:
         """Begin the loads for which there are pages, and decide who drains for the others."""
-        for one in list(self._wanted.values()):
+        for one in sorted(self._wanted.values(), key=lambda one: -one.priority):
             if one.adapter is not None and self._make_room(one.adapter.pages, now):
                 self._begin(one, one.adapter)
             elif now - one.since >= PATIENCE_S:
@@ -160,7 +169,7 @@ class Residency:
             if self._pinned() + adapter.pages + max(others, default=0) > self.pages:
                 return False
         if one is None:
-            one = self._known[adapter.digest] = Resident(adapter, 0)
+            one = self._known[adapter.digest] = Resident(adapter)
         one.pinned = True
         if one.draining:
             one.draining = False
@@ -244,18 +253,22 @@ class Residency:
         return sum(one.adapter.pages for one in self._known.values() if one.pinned and one.adapter is not None)
 
     def _drain(self, now: float) -> None:
-        """As many as those need that have waited for long enough."""
-        patient = [one for one in self._wanted.values() if one.adapter is not None and now - one.since >= PATIENCE_S]
-        missing = sum(one.adapter.pages for one in patient if one.adapter is not None) - len(self._free)
-        missing -= sum(len(one.pages) for one in self._known.values() if one.draining or (one.idle and not one.open))
+        """As many as those need that have waited for long enough; of lower priorities first, and then the most served."""
         ready = [one for one in self._known.values() if one.ready and one.open and not one.pinned and not one.draining]
         had = [one for one in ready if now - one.since >= (TURN_S if one.running else UNUSED_S)]
-        for one in sorted(had, key=lambda one: -one.served):
-            if missing <= 0:
+        had.sort(key=lambda one: (one.priority, -one.served))
+        there = len(self._free) + sum(len(one.pages) for one in self._known.values() if one.draining or (one.idle and not one.open))
+        for wanted in sorted(self._wanted.values(), key=lambda one: -one.priority):
+            if wanted.adapter is None or now - wanted.since < PATIENCE_S:
+                continue
+            while there < wanted.adapter.pages and had and had[0].priority <= wanted.priority:
+                one = had.pop(0)
+                one.draining, one.since = True, now
+                self._draining.append(one)
+                there += len(one.pages)
+            there -= wanted.adapter.pages
+            if there < 0:
                 return
-            one.draining, one.since = True, now
-            self._draining.append(one)
-            missing -= len(one.pages)
 
     def report(self) -> list[tuple[str, str, int, int, int]]:
         """Of each that is known: digest (hexadecimal), state, streams that run and that wait, tokens served."""
@@ -273,6 +286,16 @@ class Residency:
         for one in self._known.values():
             if not 0 <= one.running <= one.open or (one.running and not one.ready):
                 raise RuntimeError(f"{one.running} of {one.open} streams run with an adapter that is {'' if one.ready else 'not '}ready")
+
+
+def largest_adapter(pages: int) -> int:
+    """Pages that an adapter may take at most, of `pages`, so that it can be here whatever is pinned."""
+    return pages - most_pinned(pages)
+
+
+def most_pinned(pages: int) -> int:
+    """Pages that may be pinned, of `pages`."""
+    return pages // 2
 
 
 def digest_of(adapter: Adapter | None) -> bytes:

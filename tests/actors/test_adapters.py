@@ -20,6 +20,7 @@ import pytest
 
 from penstock.clients import Client, Engine
 from penstock.clients.errors import AdapterError, DigestMismatch, InvalidRequest, PenstockError, UnknownAdapter
+from penstock.engine.open import TINY
 
 from .adapting import LAYERS, PROMPT, expected, write_adapter
 
@@ -151,7 +152,7 @@ def broken(folder: Path, what: str) -> Path:
             shutil.copy(weights, folder / "kept")
             config.write_text(json.dumps(values | {"target_modules": ["q_proj", "w1"]}))
         case "too large":
-            write_adapter(folder, 9, rank=16 * 9)
+            write_adapter(folder, 9, rank=16 * 5)
     return folder
 
 
@@ -159,7 +160,7 @@ def broken(folder: Path, what: str) -> Path:
     ("what", "limit"),
     [
         ("truncated", "broken_adapter"), ("rubbish", "broken_adapter"), ("pickled", "no_safetensors"), ("no config", "not_found"),
-        ("not json", "broken_adapter"), ("dora", "unsupported_adapter"), ("another rank", "broken_adapter"), ("too large", "8 pages"),
+        ("not json", "broken_adapter"), ("dora", "unsupported_adapter"), ("another rank", "broken_adapter"), ("too large", "4 pages"),
     ],
 )  # fmt: skip
 def test_a_broken_adapter_fails_its_own_request(client: Client, shop: Path, what: str, limit: str) -> None:
@@ -247,7 +248,7 @@ def test_prefixes_are_shared_with_the_same_adapter_only(client: Client) -> None:
 def test_a_private_adapter_is_for_those_with_its_token_and_that_is_asked_each_time(client: Client, vault: Vault) -> None:
     mine = says(client, vault.url, adapter_token="open-sesame")
     assert mine != says(client, None)
-    for token in (None, "a guess"):  # although it is there
+    for token in (None, "a-guess"):  # although it is there
         with pytest.raises(AdapterError) as caught:
             says(client, vault.url, adapter_token=token)
         assert caught.value.limit == "not_allowed"
@@ -281,7 +282,7 @@ def test_more_adapters_than_fit_are_all_served(client: Client, shop: Path) -> No
     assert client.status()["scheduler"]["adapter_loads"] > 6
 
 
-def test_what_is_pinned_stays_and_no_more_can_be_than_leaves_room(client: Client) -> None:
+def test_what_is_pinned_stays_and_no_more_can_be_than_leaves_room(client: Client, shop: Path) -> None:
     assert client.pin_adapter("red")["pinned"]
     assert client.pin_adapter("blue")["pages"] == 3  # and with the other one four, of four that may be
     with pytest.raises(InvalidRequest, match="pinned") as caught:
@@ -294,6 +295,9 @@ def test_what_is_pinned_stays_and_no_more_can_be_than_leaves_room(client: Client
         assert time.monotonic() < end
         time.sleep(0.1)
     assert row(client, "red")["pinned"]
+    with pytest.raises(InvalidRequest, match="pinned"):
+        client.load_adapter("red", str(write_adapter(shop / "too much", 97, rank=64)))
+    assert says(client, "red") == expected(shop / "red", TOKENS)
     for name in ("red", "blue", "green"):
         assert not client.pin_adapter(name, pinned=False)["pinned"]
 
@@ -312,6 +316,9 @@ def test_a_stream_is_saved_and_carried_on_with_the_same_adapter_only(client: Cli
     assert taken == whole[: len(taken)]
     write_adapter(shop / "moving", 71)
     client.load_adapter("moving")
+    assert client.resume(saved).completion().ids == whole  # it is known what the name stood for
+    client.unload_adapter("moving")
+    client.load_adapter("moving", str(shop / "moving"))
     with pytest.raises(DigestMismatch, match="another adapter"):
         client.resume(saved).completion()
     client.unload_adapter("moving")
@@ -349,6 +356,39 @@ def test_an_adapter_that_somebody_tidied_away_is_made_ready_again(client: Client
         file.unlink()
     client.restart("executor")  # its successor finds nothing on disk
     assert stream.completion().ids == whole
+
+
+def test_a_ready_file_that_is_broken_is_made_again(client: Client, cache: Path) -> None:
+    whole = says(client, "green")
+    for file in cache.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    client.restart("executor")
+    assert says(client, "green") == whole
+
+
+def test_a_stream_goes_on_with_what_its_name_stood_for_although_the_gateway_dies(client: Client, shop: Path) -> None:
+    write_adapter(shop / "before", 95)
+    write_adapter(shop / "after", 96)
+    client.load_adapter("renamed", str(shop / "before"))
+    stream = client.stream(PROMPT, adapter="renamed", max_tokens=120, **GREEDY)
+    reading = iter(stream)
+    next(reading)
+    client.load_adapter("renamed", str(shop / "after"))
+    os.kill(pid_of(client, "gateway"), signal.SIGKILL)
+    assert stream.completion().ids == expected(shop / "before", 120)
+    assert says(client, "renamed") == expected(shop / "after", TOKENS)
+    client.unload_adapter("renamed")
+
+
+def test_adapters_beside_a_model_are_known_wherever_the_path_to_it_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "model").symlink_to(TINY)
+    monkeypatch.chdir(tmp_path / "here")
+    with Engine("../model") as engine:
+        engine.wait(60)
+        with Client(engine.address) as client:
+            assert {one["name"] for one in client.adapters()} == {"shout", "python", "list"}
+            assert says(client, "shout") != says(client, None)
 
 
 def test_without_adapters_an_engine_says_so(tmp_path: Path) -> None:

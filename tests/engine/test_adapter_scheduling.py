@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ class World:
 
     def submit(self, adapter: Adapter | None, limit: int = 8, tenant: str = "", prompt: int = 4) -> int:
         self.handles += 1
-        value = request(self.handles, list(range(prompt)), limit, adapter=adapter)
+        value = replace(request(self.handles, list(range(prompt)), limit, adapter=adapter), tenant=tenant)
         self.adapter[self.handles] = adapter
         self.scheduler.submit(value, self.now)
         return self.handles
@@ -140,3 +141,29 @@ def test_streams_run_with_the_pages_of_their_own_adapter() -> None:
     pages = [world.pages[slot] for slot in sorted(world.pages)]
     assert sorted(map(len, pages)) == [0, 1, 1]
     assert len({page for one in pages for page in one}) == 2
+
+
+def test_what_one_tenant_is_served_of_the_base_model_is_not_held_against_another() -> None:
+    world = World()
+    for _ in range(400):
+        while world.scheduler.waiting < 20:
+            world.submit(None, limit=16, tenant="flood")
+        world.step()
+        if len(world.adapter) < 3000 and world.handles % 5 == 0:
+            world.submit(ONE, limit=16, tenant="quiet")
+    base = world.submit(None, limit=4, tenant="quiet")
+    for _ in range(60):
+        while world.scheduler.waiting < 20:
+            world.submit(None, limit=16, tenant="flood")
+        world.submit(ONE, limit=16, tenant="quiet")
+        world.step()
+    assert base in world.first
+
+
+def test_a_prompt_that_takes_longer_than_a_turn_is_not_begun_again_and_again() -> None:
+    """Two adapters, one page, and a prefill of three seconds that no cached prefix shortens."""
+    world = World(replace(CONFIG, adapter_pages=1, token_budget=4))
+    handles = [world.submit(adapter, limit=4, prompt=40) for adapter in (ONE, TWO)]
+    for _ in range(200):
+        world.step(0.3)
+    assert {end.handle for end in world.ended} == set(handles)

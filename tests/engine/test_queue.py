@@ -21,18 +21,25 @@ class Entry:
     adapter: bytes = b""
 
 
+EVERY = frozenset((b"", b"x", b"y"))  # adapters
+
+
 class NaiveQueue:
     def __init__(self) -> None:
         self.lines: dict[tuple[int, str], list[Entry]] = {}
         self.served: dict[tuple[int, str], int] = {}
         self.turn: dict[int, int] = {}
         self.since: dict[tuple[int, str, bytes], int] = {}  # when the first one came of those that wait for an adapter
+        self.adapted: dict[tuple[int, str, bytes], int] = {}
 
     def push(self, entry: Entry, front: bool) -> None:
         key = (entry.priority, entry.tenant)
         line = self.lines.setdefault(key, [])
         if not any(other.adapter == entry.adapter for other in line if not other.gone):
             self.since[*key, entry.adapter] = entry.name
+            others = {other.adapter for other in line if not other.gone}
+            least = min((self.adapted.get((*key, other), 0) for other in others), default=0)
+            self.adapted[*key, entry.adapter] = max(self.adapted.get((*key, entry.adapter), 0), least)
         if not line or all(other.gone for other in line):
             live = [other for other, entries in self.lines.items() if other[0] == key[0] and not all(one.gone for one in entries)]
             least = min((self.served[other] for other in live), default=0)
@@ -42,21 +49,19 @@ class NaiveQueue:
     def priorities(self) -> set[int]:
         return {priority for (priority, _), line in self.lines.items() if not all(entry.gone for entry in line)}
 
-    def head(self, priority: int | None = None, ranks: dict[bytes, int | None] | None = None) -> Entry | None:
-        """At one priority, or any; of those whose adapter has a rank, the lowest first; else in the order of arrival, whatever the adapter
-        (alike), by the adapter that has waited longest."""
-        ranks = dict.fromkeys((b"", b"x", b"y"), 0) if ranks is None else ranks
-        able = {
-            key: [entry for entry in line if not entry.gone and ranks[entry.adapter] is not None]
+    def head(self, priority: int | None = None, able: frozenset[bytes] = EVERY) -> Entry | None:
+        """At one priority, or any; of those whose adapter can run, the one that was served least, or else that has waited longest."""
+        lines = {
+            key: [entry for entry in line if not entry.gone and entry.adapter in able]
             for key, line in self.lines.items()
             if priority in (None, key[0])
         }
-        waiting = [key for key, line in able.items() if line]
+        waiting = [key for key, line in lines.items() if line]
         if not waiting:
             return None
         key = min(waiting, key=lambda key: (-key[0], self.served[key], key[1]))
-        line = able[key]
-        best = min({entry.adapter for entry in line}, key=lambda adapter: (ranks[adapter], self.since[*key, adapter]))
+        line = lines[key]
+        best = min({entry.adapter for entry in line}, key=lambda adapter: (self.adapted.get((*key, adapter), 0), self.since[*key, adapter]))
         return next(entry for entry in line if entry.adapter == best)
 
     def pop(self, entry: Entry) -> None:
@@ -68,13 +73,13 @@ class NaiveQueue:
         self.served[key] = self.served.get(key, self.turn.get(priority, 0)) + tokens
 
 
-TENANT, PRIORITY, ADAPTER = st.sampled_from("abc"), st.integers(-1, 1), st.sampled_from([b"", b"x", b"y"])
-RANKS = st.fixed_dictionaries({adapter: st.one_of(st.none(), st.integers(0, 3)) for adapter in (b"", b"x", b"y")})
+TENANT, PRIORITY, ADAPTER = st.sampled_from("abc"), st.integers(-1, 1), st.sampled_from(sorted(EVERY))
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("push"), PRIORITY, TENANT, st.booleans(), ADAPTER),
         st.tuples(st.just("pop")),
         st.tuples(st.just("charge"), PRIORITY, TENANT, st.integers(1, 9)),
+        st.tuples(st.just("adapt"), PRIORITY, TENANT, ADAPTER, st.integers(1, 9)),
         st.tuples(st.just("go"), st.integers(0, 30)),
     ),
     max_size=80,
@@ -82,8 +87,8 @@ STEPS = st.lists(
 
 
 @settings(max_examples=400, deadline=None)
-@given(STEPS, st.booleans(), RANKS)
-def test_the_queue_serves_in_the_order_of_a_naive_queue(steps: list[tuple], sweeping: bool, ranks: dict[bytes, int | None]) -> None:
+@given(STEPS, st.booleans(), st.frozensets(ADAPTER))
+def test_the_queue_serves_in_the_order_of_a_naive_queue(steps: list[tuple], sweeping: bool, able: frozenset[bytes]) -> None:
     queue: FairQueue[Entry] = FairQueue()
     naive, entries = NaiveQueue(), []
     for kind, *args in steps:
@@ -101,12 +106,16 @@ def test_the_queue_serves_in_the_order_of_a_naive_queue(steps: list[tuple], swee
         elif kind == "charge" and args[0] in queue._levels:
             queue.charge(*args)
             naive.charge(*args)
+        elif kind == "adapt" and args[0] in queue._levels:
+            queue.charge_adapter(*args)
+            key = tuple(args[:3])
+            naive.adapted[key] = naive.adapted.get(key, 0) + args[3]
         elif kind == "go" and entries:
             entries[args[0] % len(entries)].gone = True
         assert queue.head() is naive.head()
         assert queue.priorities() >= naive.priorities()
         for priority in (-1, 0, 1):
-            assert queue.head_at(priority, rank=ranks.__getitem__) is naive.head(priority, ranks)
+            assert queue.head_at(priority, able=able.__contains__) is naive.head(priority, able)
     while (head := naive.head()) is not None:
         assert queue.head() is head
         naive.pop(queue.pop(head))

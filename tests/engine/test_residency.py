@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.lora.residency import PATIENCE_S, TURN_S, Load, Residency
+from penstock.engine.lora.residency import PATIENCE_S, TURN_S, Load, Residency, digest_of
 from penstock.engine.request import Adapter
 
 PAGES, SLOTS = 6, 4
@@ -39,18 +39,19 @@ class World:
         self.running: list[tuple[Adapter | None, tuple[int, ...]]] = []
         self.loads: list[Load] = []
         self.content: dict[int, bytes] = {}  # page → whose it is, once loaded
+        self.served: Counter[Adapter | None] = Counter()
 
     def open(self, adapter: Adapter | None) -> None:
         if self.residency.fits(adapter):
-            self.residency.open(adapter, self.now)
+            self.residency.open(adapter, 0, self.now)
             self.waiting.append(adapter)
 
     def close(self, at: int) -> None:
-        self.residency.close(self.waiting.pop(at))
+        self.residency.close(self.waiting.pop(at), 0)
 
     def enter(self, at: int) -> bool:
         adapter = self.waiting[at]
-        if len(self.running) == self.slots or self.residency.rank(b"" if adapter is None else adapter.digest) is None:
+        if len(self.running) == self.slots or not self.residency.can_run(digest_of(adapter)):
             return False
         number, pages = self.residency.enter(adapter)
         assert (number == 0) == (adapter is None)
@@ -91,12 +92,13 @@ class World:
         self.plan()
         while self.loads:
             self.loaded(0)
-        ranks = {at: self.residency.rank(one.digest if one is not None else b"") for at, one in enumerate(self.waiting)}
-        for at in sorted((at for at, rank in ranks.items() if rank is not None), key=lambda at: (ranks[at], at)):
+        able = {at: self.served[one] for at, one in enumerate(self.waiting) if self.residency.can_run(digest_of(one))}
+        for at in sorted(able, key=lambda at: (able[at], at)):
             if len(self.running) < self.slots:
                 one = self.waiting[at]
                 number, pages = self.residency.enter(one)
                 self.residency.charge(number, 1)
+                self.served[one] += 1
                 self.running.append((one, pages))
                 self.waiting[at] = self  # type: ignore[call-overload]  taken out below, so that places stay
         self.waiting = [one for one in self.waiting if one is not self]
@@ -162,7 +164,7 @@ def test_whoever_has_waited_comes_before_an_adapter_that_was_just_there() -> Non
     for _ in range(round((TURN_S + PATIENCE_S) / 0.1)):
         world.now += 0.1
         world.residency.plan(world.now)
-    assert world.residency.rank(first.digest) is None  # it drains: its second stream is not let in before the other's first
+    assert not world.residency.can_run(first.digest)  # it drains: its second stream is not let in before the other's first
     world.leave(0)
     world.step()
     assert [adapter for adapter, _ in world.running] == [second]
@@ -192,3 +194,22 @@ def test_more_than_fit_cannot_be_pinned() -> None:
     assert not world.residency.fits(all_pages)
     world.residency.unpin(two.digest)
     assert world.residency.pin(other, 0.0)
+
+
+def test_nobody_drains_for_a_stream_of_a_lower_priority_and_the_highest_comes_first() -> None:
+    residency = Residency(1, 4)
+    high, low, highest = ADAPTERS[0], ADAPTERS[1], Adapter(b"highest", 1)
+    residency.open(high, 5, 0.0)
+    residency.plan(0.0)
+    residency.loaded(residency.take_loads()[0].number, 0.0)
+    residency.enter(high)
+    residency.open(low, 0, 0.0)
+    residency.plan(50.0)
+    assert residency.can_run(high.digest)
+    residency.open(highest, 6, 50.0)
+    residency.plan(52.0)
+    assert not residency.can_run(high.digest)
+    residency.leave(high)
+    residency.close(high, 5)
+    residency.plan(52.1)
+    assert [load.adapter for load in residency.take_loads()] == [highest]
