@@ -65,6 +65,7 @@ def plot_adapters(path: Path, title: str, rows: Sequence[Mapping[str, Any]]) -> 
     gap.legend()
     for axes in (ratio, gap):
         axes.set_xticks(places, counts)
+        axes.margins(x=0.12)
         axes.set_xlabel("adapters in the batch")
         axes.grid(alpha=0.3)
     figure.suptitle(title)
