@@ -52,16 +52,16 @@ def _item(  # type: ignore[no-untyped-def]
     n = tl.arange(0, PADDED)
     split = item % SPLITS
     part = item // SPLITS % (SLICES // TAKEN) * TAKEN
-    job = item // (SPLITS * (SLICES // TAKEN))
-    page = tl.load(jobs + 3 * job, mask=there, other=0)
-    first = tl.load(jobs + 3 * job + 1, mask=there, other=0)
-    count = tl.load(jobs + 3 * job + 2, mask=there, other=0)
-    ranks = tl.load(used + page * sites + site + part + n // RANKS, mask=there & (n < TAKEN * RANKS), other=0)
+    job = tl.where(there, item // (SPLITS * (SLICES // TAKEN)), 0)  # beyond the last one the first is read, and nothing is done
+    page = tl.load(jobs + 3 * job)
+    first = tl.load(jobs + 3 * job + 1)
+    count = tl.where(there, tl.load(jobs + 3 * job + 2), 0)
+    ranks = tl.load(used + page * sites + site + part + n // RANKS, mask=n < TAKEN * RANKS, other=0)
     token = tl.load(tokens + first + m, mask=m < count, other=0)
     rows = data + page * page_size + a + (part * RANKS + n) * inner
     low = split * share
     line = ((job.to(tl.int64) * SLICES + part + n // RANKS) * SPLITS + split) * (ROWS * RANKS) + n % RANKS
-    return count, token, rows, ranks, tl.max(ranks, 0), low, tl.minimum(low + share, inner), line
+    return count, token, rows, ranks, tl.where(there, tl.max(ranks, 0), 0), low, tl.minimum(low + share, inner), line
 
 
 @triton.jit(do_not_specialize=["site", "sites"])  # type: ignore[untyped-decorator]
@@ -124,11 +124,11 @@ def _unit(  # type: ignore[no-untyped-def]
     many each row's page has, and the most of any."""
     m = tl.arange(0, ROWS)
     part = unit % SLICES
-    record = tiles + 4 + 4 * (unit // SLICES)
-    first = tl.load(record, mask=there, other=0)
-    count = tl.load(record + 1, mask=there, other=0)
-    job = tl.load(record + 2, mask=there, other=0)
-    pages = tl.load(record + 3, mask=there, other=0).to(tl.int32)
+    record = tiles + 4 + 4 * tl.where(there, unit // SLICES, 0)
+    first = tl.load(record)
+    count = tl.where(there, tl.load(record + 1), 0)
+    job = tl.load(record + 2)
+    pages = tl.where(there, tl.load(record + 3), 0).to(tl.int32)
     token = tl.load(tokens + first + m, mask=m < count, other=0)
     b, out = _of_part(part, b_0, b_1, b_2, SLICES), _of_part(part, out_0, out_1, out_2, SLICES)
     rows, ranks = _rows_of_b(data, used, jobs, job, pages, page_size, b, out, site + part, sites, RANKS, TOGETHER)
