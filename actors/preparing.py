@@ -107,7 +107,7 @@ class Preparer:
         from penstock.engine.lora.layout import RANKS
         from penstock.engine.lora.store import write_pages
 
-        if self.shelf.find(lora.digest) is None:
+        if self.recall(lora.digest) is None:  # one that cannot be read is made anew
             weights = {name: lora.folded(name) for name in lora.weights}
             write_pages(self.shelf.path(lora.digest), *self.layout.lay_out(weights, self.dtype), lora.rank)
             self.shelf.tidy(keep=lora.digest)

@@ -25,7 +25,7 @@ def read_size(path: Path) -> tuple[int, int]:
     from safetensors import safe_open
 
     with _reading(path), safe_open(path, framework="pt") as file:
-        return int(file.get_slice("data").get_shape()[0]), int(file.metadata()["rank"])
+        return int(file.get_slice("data").get_shape()[0]), int((file.metadata() or {})["rank"])
 
 
 def read_pages(path: Path) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {
     "truncate": 9,
 }  # fmt: skip
 CHAT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": ({"type": "text", "text": "Hello"},)})
-ADAPTERS = (None, None, "shout", {"name": "shout"}, {"merge": ("shout", "list"), "weights": (1.0, -2.0)}, {"merge": ()}, {"name": 5}, "")
+ADAPTERS = (*[None] * 24, "shout", {"name": "shout"}, {"merge": ("shout", "list"), "weights": (1.0, -2.0)}, {"merge": ()}, {"name": 5}, "")
 NUMBERS = (0, 1, -1, 127, 2**31 - 1, 2**31, -(2**31), 2**53, 2**63 - 1, 2**64 - 1, -(2**63))
 FLOATS = (0.0, -0.0, -1.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"))
 TEXTS = ("", "r1", "\x00", "é" * 40, "x" * 300, "\u202e<|endoftext|>", "user", "prompt", "seed")
