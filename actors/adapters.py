@@ -116,8 +116,8 @@ class AdaptersActor(Actor):
             if message.token is None:
                 self._ask_for(wish.names[0], title, answer)
             else:
-                version, key = title.version, (*_key(part), title.version or "")
-                self.finder.ask(key, lambda preparer: preparer.recall_for(part, version), answer, 0.0, far=part.far)
+                version = title.version
+                self.finder.ask(_key_of(title, part), lambda preparer: preparer.recall_for(part, version), answer, 0.0, far=part.far)
 
     def _wanted(self, name: str, token: str | None) -> Wanted:
         """What a name stands for: an adapter that is known by it, or a source, if those may be named. Raises `Refusal`."""

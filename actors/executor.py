@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor
+from penstock.actors.actor import HEARTBEAT_S, SCHEDULER, Actor, Peer
 from penstock.actors.columns import done_from_result, int32, plan_from_step
 from penstock.actors.config import EngineConfig
 from penstock.actors.courier import Courier
@@ -55,9 +55,8 @@ class ExecutorActor(Actor):
             raise Refusal("model_error", str(error), field="model", value=self.config.model, actor=self.kind) from error
 
     def _step(self, step: Step) -> None:
-        scheduler = self.peers.get(SCHEDULER)
-        if step.executor != self.post.incarnation or scheduler is None or step.scheduler != scheduler.incarnation:
-            return  # from a scheduler that is no more
+        if (scheduler := self._sender(step)) is None:
+            return
         self.preparing, self.asked = True, time.monotonic()  # for steps like this one
         plan, flying, begun = plan_from_step(step), self.waiting > 0, time.perf_counter()
         if self.profile is None:
@@ -77,10 +76,15 @@ class ExecutorActor(Actor):
             self._check(done)
             self.mail.send(SCHEDULER, done)
 
-    def _load(self, load: Load) -> None:
+    def _sender(self, message: Step | Load) -> Peer | None:
+        """The scheduler that is there now, if it has sent this to this executor."""
         scheduler = self.peers.get(SCHEDULER)
-        if load.executor != self.post.incarnation or scheduler is None or load.scheduler != scheduler.incarnation:
-            return  # from a scheduler that is no more
+        ours = scheduler is not None and (message.scheduler, message.executor) == (scheduler.incarnation, self.post.incarnation)
+        return scheduler if ours else None
+
+    def _load(self, load: Load) -> None:
+        if (scheduler := self._sender(load)) is None:
+            return
         courier, address = self.loads, scheduler.address
 
         def tell(error: str | None) -> None:

@@ -135,9 +135,13 @@ class SchedulerActor(Actor):
                 if attempt in (0, self.scheduler.attempt(handle)):
                     self.scheduler.abort(handle, now)
 
+    def _is_ours(self, message: StepDone | Loaded) -> bool:
+        """Not from an executor, nor for a scheduler, that is no more."""
+        return message.executor == self.executor and message.scheduler == self.post.incarnation
+
     def _loaded(self, message: Loaded) -> None:
-        if self.scheduler is None or message.executor != self.executor or message.scheduler != self.post.incarnation:
-            return  # from an executor, or for a scheduler, that is no more
+        if self.scheduler is None or not self._is_ours(message):
+            return
         if message.error is None:
             self.scheduler.loaded(message.number, time.monotonic())
         else:
@@ -158,8 +162,8 @@ class SchedulerActor(Actor):
                 self.log.error("no room to pin an adapter", digest=adapter.digest.hex(), pages=adapter.pages)
 
     def _commit(self, message: StepDone) -> None:
-        if self.scheduler is None or message.executor != self.executor or message.scheduler != self.post.incarnation:
-            return  # from an executor, or for a scheduler, that is no more
+        if self.scheduler is None or not self._is_ours(message):
+            return
         begun = time.thread_time()
         self.commits.append(self.scheduler.commit(result_from_done(message), time.monotonic()))
         self.spent += time.thread_time() - begun

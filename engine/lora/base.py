@@ -32,6 +32,12 @@ class AdaptedRows:
         """Of each token, which row it belongs to: `[tokens]`."""
         return np.repeat(np.arange(len(self.pages), dtype=np.int32), np.diff(self.firsts))
 
+    def by_adapter(self) -> tuple[list[Pages], Int32]:
+        """The adapters that are there, each once, and of each token which of them it has, -1 for none: `[tokens]`."""
+        adapters = list(dict.fromkeys(pages for pages in self.pages if pages))
+        numbers = {pages: number for number, pages in enumerate(adapters)}
+        return adapters, np.array([numbers.get(pages, -1) for pages in self.pages], np.int32)[self.row_of]
+
 
 class AdapterBackend(Protocol):
     """One way to add what adapters do, and the step that all products share: `prepare`, `begin` and `end` run once in a step that has

@@ -18,17 +18,14 @@ class SegmentAdapters:
 
     def __init__(self, pool: PagePool) -> None:
         self.pool, self.active = pool, False
-        self._adapters: tuple[Pages, ...] = ()
+        self._adapters: list[Pages] = []
         self._columns: Mapping[str, Tensor] = {}
         self._segments: list[tuple[Pages, Tensor]] = []
 
     def prepare(self, rows: AdaptedRows) -> Columns:
-        self._adapters = tuple(dict.fromkeys(pages for pages in rows.pages if pages))
-        numbers = {pages: number for number, pages in enumerate(self._adapters)}
-        of_rows = np.array([numbers.get(pages, -1) for pages in rows.pages])
-        of_tokens = of_rows[rows.row_of]
+        self._adapters, of_tokens = rows.by_adapter()
         columns: Columns = {}
-        for number in numbers.values():
+        for number in range(len(self._adapters)):
             columns[f"adapters.{number}"] = np.flatnonzero(of_tokens == number)
             if rows.samples is not None:
                 columns[f"adapters.sampled.{number}"] = np.flatnonzero(of_tokens[rows.samples] == number)

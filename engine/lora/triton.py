@@ -41,10 +41,7 @@ class TritonAdapters:
         self._narrowed: Tiles | None = None
 
     def prepare(self, rows: AdaptedRows) -> Columns:
-        adapters = list(dict.fromkeys(pages for pages in rows.pages if pages))
-        numbers = {pages: number for number, pages in enumerate(adapters)}
-        of_rows = np.array([numbers.get(pages, -1) for pages in rows.pages], np.int32)
-        of_tokens = of_rows[rows.row_of]
+        adapters, of_tokens = rows.by_adapter()
         self.whole, columns = cut_tokens(adapters, of_tokens, self.rows, WHOLE)
         self.sampled = None
         if rows.samples is not None:
