@@ -9,11 +9,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# A torch that is there already and new enough is kept; without a GPU, the CPU build is taken.
+# A torch that is there already and new enough is kept beside a GPU; without one, the versions are those that the checks were seen to pass with.
 HAS_TORCH := $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); print(int((int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null)
 HAS_GPU := $(shell test -e /dev/nvidiactl && echo 1)
 VENV_FLAGS := $(if $(filter 1,$(HAS_TORCH)),--system-site-packages)
-CONSTRAINTS := $(if $(filter 1,$(HAS_TORCH) $(HAS_GPU)),,-c constraints-cpu.txt)
+CONSTRAINTS := $(if $(HAS_GPU),,-c constraints-cpu.txt)
 
 REQUESTS ?= 1000000
 

@@ -271,6 +271,12 @@ def programs_of(rows: int, pages: int) -> tuple[int, int]:
     return (8, 4 if pages == 1 else 3) if rows == SMALL else (3, 2)
 
 
+def registers_for(warps: int) -> int:
+    """How many registers a thread may have where so many warps are to stay on a multiprocessor: versions of Triton differ in how many they
+    would take."""
+    return min(2048 // warps // 8 * 8, 255)
+
+
 def adapt_rows(x: Tensor, y: Tensor, pool: PagePool, place: Place, step: Tiles, processors: int) -> None:
     """Add to y `[tokens, sum(outs)]`, in place, what their adapters make of x `[tokens, in]`, for the tokens that are in `step`.
 
@@ -287,7 +293,7 @@ def adapt_rows(x: Tensor, y: Tensor, pool: PagePool, place: Place, step: Tiles, 
         place.site, used.stride(0),
         SLICES=slices, TAKEN=taken, SPLITS=split.count, RANKS=RANKS, ROWS=cut.rows, PADDED=triton.next_power_of_2(taken * RANKS),
         DEPTH=split.depth, LINE=line, LINES=min(16, triton.next_power_of_2(triton.cdiv(split.share, line))), STAGES=4,
-        num_warps=4, **overlap(x),
+        num_warps=4, maxnreg=registers_for(4 * shrinks), **overlap(x),
     )  # fmt: skip
     together, more, none = 1 if cut.pages == 1 else TOGETHER, cut.pages > TOGETHER, (0,) * (MOST_SLICES - slices)
     columns = 64 if x.dtype == torch.float32 or more else 256 if cut.rows == SMALL and together == 1 else 128
@@ -296,5 +302,5 @@ def adapt_rows(x: Tensor, y: Tensor, pool: PagePool, place: Place, step: Tiles, 
         step.sums, data, used, step.tokens, step.jobs, step.tiles, y, y.stride(0), data.stride(0), *place.b, *none, *place.outs, *none,
         place.site, used.stride(0),
         SLICES=slices, SPLITS=split.count, RANKS=RANKS, ROWS=cut.rows, TOGETHER=together, MORE=more, COLUMNS=columns, LINE=line, STAGES=3,
-        num_warps=8 if more else 4, **overlap(x),
+        num_warps=8 if more else 4, maxnreg=None if more else registers_for(4 * expands), **overlap(x),
     )  # fmt: skip
