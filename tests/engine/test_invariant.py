@@ -73,6 +73,7 @@ def test_a_product_on_a_cpu_gives_a_row_its_bits_alone(outer: int, inner: int, b
 
 
 @here
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outer", "inner"), [*MATRICES, *([(9000, 1024)] if GPU else [])])
@@ -196,6 +197,7 @@ def test_attention_on_a_cpu_gives_a_token_its_bits_in_any_chunk(name: str) -> No
 
 
 @here
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*SHAPES, *WINDOWS])
 def test_attention_with_the_kernel_gives_a_token_its_bits_in_any_chunk(name: str, dtype: torch.dtype) -> None:

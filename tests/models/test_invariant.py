@@ -203,6 +203,7 @@ def test_a_cpu_can_promise_it_in_float32_only() -> None:
 
 
 @here
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("graphs", [True] if INTERPRETED else [False, True])
 @pytest.mark.parametrize("name", ["qwen3", *(() if INTERPRETED else ("llama", "olmo2", "biases")), "gemma2"])
 def test_a_native_model_with_the_kernels(name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
