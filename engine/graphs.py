@@ -19,8 +19,8 @@ from torch import Tensor
 
 from penstock.engine.attention.base import Columns
 from penstock.engine.attention.triton import TritonAttention
-from penstock.engine.kernels.adapt import SMALL, TOGETHER, Cut
 from penstock.engine.kernels.sample import sample_rows
+from penstock.engine.kernels.tiles import SMALL, TOGETHER, Cut
 from penstock.engine.lora.triton import TritonAdapters
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.results import CannotRecord
@@ -30,7 +30,7 @@ FEW_SAMPLES = 16  # of a step with chunks: logits of as many as there can be tak
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The adapters of a step: tiles of `rows` tokens (`engine.kernels.adapt`), and up to `pages` pages for each."""
+    """The adapters of a step: tiles of `rows` tokens (`engine.kernels.tiles`), and up to `pages` pages for each."""
 
     rows: int
     pages: int

@@ -61,19 +61,19 @@ class CudaKernel:
 
 
 def load_kernel(source: Path, name: str, kinds: Iterable[Any], defines: Mapping[str, int], device: torch.device) -> CudaKernel:
-    """The function `name` of a file, compiled with these `defines` for `device`, now if it never was. Raises `CudaError`; `OSError`
-    without NVRTC or a driver."""
+    """The function `name` of a file, compiled with these `defines` for `device`, now if it never was; it may include what is beside it.
+    Raises `CudaError`; `OSError` without NVRTC or a driver."""
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
-    text = source.read_bytes()
+    text, included = source.read_bytes(), [path.read_bytes() for path in sorted(source.parent.glob("*.cuh"))]
     library, version = _nvrtc()
-    key = hashlib.sha256(text + repr((options, version)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((text, included, options, version)).encode()).hexdigest()[:16]
     file = f"{source.stem}-{key}.cubin"
     with torch.cuda.device(device):
         # No folder, none of our own, or a file that a machine which lost power left damaged: then it is compiled again.
         with suppress(OSError, CudaError):
             return CudaKernel((cache_folder() / file).read_bytes(), name, kinds, early=major >= 9)
-        image = _compile(library, text, source.name, options)
+        image = _compile(library, text, source.name, [*options, f"--include-path={source.parent}"])
         with suppress(OSError), made_apart(cache_folder() / file) as made:
             made.write_bytes(image)
         return CudaKernel(image, name, kinds, early=major >= 9)

@@ -15,43 +15,19 @@
 //
 // Numbers are bfloat16: a row times the norm's weight is rounded before the norm's own factor, and has the range for it.
 //
+// What adapters add to the product begins in the same launch. The first blocks of the grid do what shrink does (shrink.py beside this): they
+// have 16 rows of A of one job (tiles.py) in the place of 16 columns of the weight, only the rows of its tile, and the same norm. What they
+// read is little beside the weight, so they cost next to nothing, and no launch of their own.
+//
 // Defined by who compiles this: WARPS, TILES (of eight rows), NORM (0: none; 1; 2: with a float32 weight), KIND (of activation; below 0: no
-// gate), BIAS, ADD.
+// gate), BIAS, ADD, ADAPTED (then there is no gate).
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "warp.cuh"
 
 constexpr int DEPTH = 4;                                     // chunks of 32 of the inner dimension that are on their way
 constexpr int AT_ONCE = TILES >= DEPTH ? 1 : DEPTH / TILES;  // chunks whose rows are loaded together
 constexpr bool GATED = KIND >= 0;
 constexpr int COLUMNS = GATED ? 8 : 16;                      // of the result: a gate's sixteen are eight, and what they are multiplied with
-
-struct Quad { u32 a, b, c, d; };
-
-// Of what no kernel of this step writes: it need not wait.
-__device__ inline Quad load_constant(const void* at) {
-  Quad q;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at));
-  return q;
-}
-
-__device__ inline Quad load(const void* at) {
-  Quad q;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at) : "memory");
-  return q;
-}
-
-__device__ inline float low(u32 two) { return __uint_as_float(two << 16); }
-__device__ inline float high(u32 two) { return __uint_as_float(two & 0xffff0000u); }
-__device__ inline u32 both(float l, float h) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(h), "f"(l)); return r; }
-
-__device__ inline float number(const unsigned short* at) { return low((u32)*at); }
-
-// c += a * b of 16 columns, 8 rows and 16 of the inner dimension.
-__device__ inline void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 __device__ inline float activate(float x) {
   if (KIND == 0) return x / (1.0f + __expf(-x));
@@ -75,19 +51,45 @@ __device__ inline float scale(Quad& q, const float* factors) {
   return squares;
 }
 
+// Adapters of a step: the columns are those of tiles.py. A of a page begins at `data + page * page_size + a`, 16 rows for each slice; `sums`
+// [jobs, slices, 16, 16]; the first `blocks` are for this, the slices of a job beside each other.
+struct Shrink {
+  const unsigned short* data;
+  const int* used;
+  const s64 *tokens, *jobs, *tiles;
+  float* sums;
+  u64 page_size, a;
+  int site, sites, slices, blocks;
+};
+
 // x [rows, inner], a row every x_row numbers; weight [outs, inner], with a gate [2 * outs, inner]; out and add [rows, outs].
 extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
     const unsigned short* __restrict__ x, const unsigned short* __restrict__ weight, const unsigned short* __restrict__ bias,
     const void* __restrict__ norm, const unsigned short* add, unsigned short* out, u64 x_row, int rows, int inner, int outs,
-    float epsilon) {
+    float epsilon, const Shrink shrink) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
-  const int first = blockIdx.x * COLUMNS;
+  const int block = blockIdx.x, first = (ADAPTED ? block - shrink.blocks : block) * COLUMNS;
   const int chunks = inner / 32;
+  const bool shrinks = ADAPTED && first < 0;
+  const s64* tokens = nullptr;  // of a job, and how many of its page's rows of A there are
+  int ranks = 0;
   const unsigned short* mine[2];
+  if (shrinks) {
+    const int index = block / shrink.slices, part = block % shrink.slices;
+    if (index >= shrink.tiles[1]) return;
+    const s64* job = shrink.jobs + 3 * index;
+    ranks = shrink.used[job[0] * shrink.sites + shrink.site + part];
+    if (ranks == 0) return;
+    tokens = shrink.tokens + job[1], rows = (int)job[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int row = GATED ? i * outs + min(first + group, outs - 1) : min(first + i * 8 + group, outs - 1);
-    mine[i] = weight + (u64)row * inner + quarter * 8;
+    for (int i = 0; i < 2; i++)
+      mine[i] = shrink.data + job[0] * shrink.page_size + shrink.a + (u64)(part * 16 + min(i * 8 + group, ranks - 1)) * inner + quarter * 8;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int row = GATED ? i * outs + min(first + group, outs - 1) : min(first + i * 8 + group, outs - 1);
+      mine[i] = weight + (u64)row * inner + quarter * 8;
+    }
   }
   Quad w[DEPTH][2], scales[DEPTH];
 #pragma unroll
@@ -98,13 +100,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
     for (int i = 0; i < 2; i++) w[j][i] = load_constant(mine[i] + chunk * 32);
     if (NORM == 1) scales[j] = load_constant((const unsigned short*)norm + chunk * 32 + quarter * 8);
   }
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  const unsigned short* theirs[TILES];
+  wait_for_kernel_before();
+  u32 theirs[TILES];  // of x: an address each would take twice the registers
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++) theirs[tile] = x + min(tile * 8 + group, rows - 1) * x_row + quarter * 8;
+  for (int tile = 0; tile < TILES; tile++) {
+    const int row = min(tile * 8 + group, rows - 1);
+    theirs[tile] = (shrinks ? (u32)tokens[row] : row) * (u32)x_row + quarter * 8;
+  }
   float sums[TILES][4] = {}, squares[TILES] = {};
   for (int base = warp; base < chunks; base += DEPTH * WARPS) {
 #pragma unroll
@@ -114,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
       for (int j = 0; j < AT_ONCE; j++)
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
-          if (base + (some + j) * WARPS < chunks) given[j][tile] = load(theirs[tile] + (base + (some + j) * WARPS) * 32);
+          if (base + (some + j) * WARPS < chunks) given[j][tile] = load(x + theirs[tile] + (base + (some + j) * WARPS) * 32);
 #pragma unroll
       for (int j = some; j < some + AT_ONCE; j++) {
         const int chunk = base + j * WARPS;
@@ -151,15 +153,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
       parts[warp][tile][i][2 * quarter + 1][group] = sums[tile][2 * i + 1];
     }
     if (NORM) {
-      squares[tile] += __shfl_xor_sync(~0u, squares[tile], 1);
-      squares[tile] += __shfl_xor_sync(~0u, squares[tile], 2);
-      if (quarter == 0) lengths[warp][tile * 8 + group] = squares[tile];
+      const float sum = sum_of_four(squares[tile]);
+      if (quarter == 0) lengths[warp][tile * 8 + group] = sum;
     }
   }
   __syncthreads();
   for (int at = threadIdx.x; at < TILES * 8 * COLUMNS; at += 32 * WARPS) {
     const int column = at % COLUMNS, row = at / COLUMNS, o = first + column;
-    if (row >= rows || o >= outs) continue;
+    if (row >= rows || (!shrinks && o >= outs)) continue;
     float y = 0.0f, up = 0.0f, length = 0.0f;
 #pragma unroll
     for (int part = 0; part < WARPS; part++) {
@@ -169,6 +170,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
     }
     const float factor = NORM ? rsqrtf(length / inner + epsilon) : 1.0f;
     y *= factor;
+    if (shrinks) {
+      shrink.sums[((u64)block * 16 + row) * 16 + column] = column < ranks ? y : 0.0f;
+      continue;
+    }
     if (BIAS) y += number(bias + o);
     if (GATED) {
       up *= factor;

@@ -3,6 +3,7 @@ launch: a norm of the rows, an activation and gate, a residual sum. How it works
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from ctypes import c_float, c_int, c_uint64, c_void_p
 from functools import cache
@@ -13,10 +14,24 @@ from torch import Tensor
 
 from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
 from penstock.engine.kernels.gate import ACTIVATIONS
+from penstock.engine.kernels.tiles import Tiles
+from penstock.engine.lora.layout import PagePool, Place
 from penstock.engine.model.norm import Norm
 
 SOURCE = Path(__file__).with_name("few_rows.cu")
-KINDS = (*[c_void_p] * 6, c_uint64, c_int, c_int, c_int, c_float)
+
+
+class Shrink(ctypes.Structure):
+    """What adapters add begins with the product: see few_rows.cu, which has the same."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("data", "used", "tokens", "jobs", "tiles", "sums")), ("page_size", c_uint64), ("a", c_uint64),
+        *((name, c_int) for name in ("site", "sites", "slices", "blocks")),
+    )  # fmt: skip
+
+
+KINDS = (*[c_void_p] * 6, c_uint64, c_int, c_int, c_int, c_float, Shrink.from_buffer_copy)
+NOTHING = Shrink()
 WARPS = 8  # of a block
 CHUNK = 32  # of the inner dimension, which must be a multiple of it
 # With more rows than this, what is read of them is no longer little beside the weight, and the library is faster: at once where the inner
@@ -34,7 +49,7 @@ def suits_few(weight: Tensor) -> bool:
 def _compiles(device: torch.device) -> bool:
     """Whether kernels can be compiled for a device; a warning says why not. Then its products are the library's."""
     try:
-        _kernel(device, WARPS, 1, 0, -1, False, False)
+        _kernel(device, WARPS, 1, 0, -1, False, False, False)
     except (CudaError, OSError) as error:
         warnings.warn(f"steps of few rows are slower: {error}", RuntimeWarning, stacklevel=2)
         return False
@@ -46,10 +61,21 @@ def is_few(rows: int, widest: int) -> bool:
     return rows <= FEW or (rows <= MORE and widest <= NARROW)
 
 
+def shrink_of(pool: PagePool, place: Place, step: Tiles) -> Shrink:
+    """What `engine.kernels.shrink` does to one product, in one split, as a part of the product; for tiles of `SMALL` tokens."""
+    return Shrink(
+        pool.data.data_ptr(), pool.used.data_ptr(), step.tokens.data_ptr(), step.jobs.data_ptr(), step.tiles.data_ptr(),
+        step.sums.data_ptr(), pool.data.stride(0), place.a, place.site, pool.used.stride(0), len(place.group),
+        step.cut.jobs * len(place.group),
+    )  # fmt: skip
+
+
 def multiply_few(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, add: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    """`norm(x) @ weight.T + bias`, then one of these: plus `add`; or the activation of its first half times the other.
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, add: Tensor | None = None, activation: str | None = None,
+    shrink: Shrink | None = None,
+) -> Tensor:  # fmt: skip
+    """`norm(x) @ weight.T + bias`, then one of these: plus `add`; or the activation of its first half times the other; and what `shrink`
+    says of `norm(x)`, with no activation then.
 
     x `[rows, in]` with its rows' numbers side by side, up to `MORE` rows, bfloat16; weight `[out, in]`, see `suits_few`; add
     `[rows, out]`, contiguous. Returns `[rows, out]`, or half as wide. Raises `CudaError` if the kernel cannot be compiled or launched.
@@ -61,17 +87,19 @@ def multiply_few(
     kernel = _kernel(
         x.device, warps, 1 if rows <= 8 else 2 if rows <= 16 else 4,
         0 if norm is None else 1 if norm.weight.dtype == x.dtype else 2, -1 if activation is None else ACTIVATIONS.index(activation),
-        bias is not None, add is not None,
+        bias is not None, add is not None, shrink is not None,
     )  # fmt: skip
+    shrink = shrink or NOTHING
     kernel.launch(
-        -(-weight.shape[0] // 16), 32 * warps,
+        shrink.blocks + -(-weight.shape[0] // 16), 32 * warps,
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), None if norm is None else norm.weight.data_ptr(),
         None if add is None else add.data_ptr(), out.data_ptr(), x.stride(0), rows, inner, outer, 0.0 if norm is None else norm.epsilon,
+        shrink,
     )  # fmt: skip
     return out
 
 
 @cache
-def _kernel(device: torch.device, warps: int, tiles: int, norm: int, kind: int, bias: bool, add: bool) -> CudaKernel:
+def _kernel(device: torch.device, warps: int, tiles: int, norm: int, kind: int, bias: bool, add: bool, adapted: bool) -> CudaKernel:
     defines = {"WARPS": warps, "TILES": tiles, "NORM": norm, "KIND": kind}
-    return load_kernel(SOURCE, "few_rows", KINDS, defines | {"BIAS": int(bias), "ADD": int(add)}, device)
+    return load_kernel(SOURCE, "few_rows", KINDS, defines | {"BIAS": int(bias), "ADD": int(add), "ADAPTED": int(adapted)}, device)

@@ -34,9 +34,10 @@ def fetch(at, inside, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def overlap(x: Tensor) -> dict[str, Any]:
-    """How to launch a kernel on the device of x that begins with `wait(OVERLAP)`."""
-    return {"OVERLAP": True, "launch_pdl": True} if x.is_cuda and _can_overlap(x.device) else {"OVERLAP": False}
+def overlap(x: Tensor, *, early: bool = True) -> dict[str, Any]:
+    """How to launch a kernel on the device of x that begins with `wait(OVERLAP)`. Not `early`: when all that it depends on
+    is done, which may be more than the kernel before; the one after it may begin early all the same."""
+    return {"OVERLAP": True, "launch_pdl": early} if x.is_cuda and _can_overlap(x.device) else {"OVERLAP": False}
 
 
 @cache

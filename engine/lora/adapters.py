@@ -69,8 +69,8 @@ def choose_backend(pool: PagePool, *, deterministic: bool) -> AdapterBackend:
     """Our own kernels: in Triton on CUDA, and on a CPU in float32, if they can be compiled; else torch. `deterministic`: a token's bits do
     not depend on the others of its step, but for torch's."""
     if pool.data.is_cuda:
-        from penstock.engine.kernels.adapt import SMALL  # Triton comes with CUDA builds of torch only
-        from penstock.engine.lora.triton import TritonAdapters
+        from penstock.engine.kernels.tiles import SMALL
+        from penstock.engine.lora.triton import TritonAdapters  # Triton comes with CUDA builds of torch only
 
         return TritonAdapters(pool, rows=SMALL if deterministic else None)
     if pool.data.device.type == "cpu" and pool.data.dtype == torch.float32 and (kernels := load_kernels()) is not None:

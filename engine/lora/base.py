@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,8 @@ from penstock.engine.attention.base import Columns, Int32
 from penstock.engine.lora.layout import PageLayout, Place
 
 if TYPE_CHECKING:
-    from penstock.engine.model.linear import Linear
+    from penstock.engine.lora.triton import TritonAdapters
+    from penstock.engine.model.linear import Linear, LinearMethod
 
 Pages = tuple[int, ...]  # of one adapter; a page is of one only. Empty: the base model
 
@@ -41,9 +42,10 @@ class AdaptedRows:
 
 class AdapterBackend(Protocol):
     """One way to add what adapters do, and the step that all products share: `prepare`, `begin` and `end` run once in a step that has
-    adapted rows, `add` once a product."""
+    adapted rows, `ahead` and `add` once a product."""
 
     active: bool  # between `begin` and `end`
+    joins: bool  # see `can_join`
 
     def prepare(self, rows: AdaptedRows) -> Columns:
         """On the host: the columns that this backend needs on the device, whatever their names."""
@@ -61,9 +63,18 @@ class AdapterBackend(Protocol):
         """From here on, to the end of the step, there are only the tokens of `samples`."""
         ...
 
+    def ahead(self, place: Place, x: Tensor) -> None:
+        """The product of x `[tokens, in]` comes next, and `add` after it: what needs x alone may begin."""
+        ...
+
     def add(self, place: Place, x: Tensor, y: Tensor) -> None:
         """Add to y `[tokens, sum(outs)]`, in place, what their adapters make of x `[tokens, in]`."""
         ...
+
+
+def can_join(backend: AdapterBackend) -> TypeGuard[TritonAdapters]:
+    """Whether the kernel of a product may do the first half of what adapters add."""
+    return backend.joins
 
 
 class Adapted:
@@ -74,9 +85,13 @@ class Adapted:
     def __init__(self, place: Place, backend: AdapterBackend) -> None:
         self.place, self.backend = place, backend
 
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        """x `[..., in]`, and what the product made of it, y `[..., out]`, which is changed."""
-        self.backend.add(self.place, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+    def multiply(self, method: LinearMethod, x: Tensor) -> Tensor:
+        """What the product makes of x `[..., in]`, and what adapters add: `[..., out]`."""
+        rows = x.reshape(-1, x.shape[-1])
+        self.backend.ahead(self.place, rows)
+        y = method(x)
+        self.backend.add(self.place, rows, y.view(-1, y.shape[-1]))
+        return y
 
 
 def adapt(products: Iterable[Linear], layout: PageLayout, backend: AdapterBackend) -> None:

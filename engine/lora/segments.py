@@ -16,6 +16,8 @@ from penstock.engine.lora.layout import PagePool, Place
 class SegmentAdapters:
     """An `engine.lora.base.AdapterBackend`. The tokens of one adapter are a segment: an index column of the step."""
 
+    joins = False
+
     def __init__(self, pool: PagePool) -> None:
         self.pool, self.active = pool, False
         self._adapters: list[Pages] = []
@@ -41,6 +43,9 @@ class SegmentAdapters:
     def narrow(self) -> None:
         if self.active:
             self._segments = [(pages, self._columns[f"adapters.sampled.{number}"]) for number, pages in enumerate(self._adapters)]
+
+    def ahead(self, place: Place, x: Tensor) -> None:
+        pass
 
     def add(self, place: Place, x: Tensor, y: Tensor) -> None:
         for pages, tokens in self._segments:

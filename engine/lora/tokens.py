@@ -17,6 +17,8 @@ from penstock.engine.lora.layout import PagePool, Place
 class TokenAdapters:
     """An `engine.lora.base.AdapterBackend` for float32. A token's bits depend on its own row alone."""
 
+    joins = False
+
     def __init__(self, pool: PagePool, kernels: Kernels) -> None:
         self.pool, self.kernels, self.active = pool, kernels, False
         self._pool = Pool(pool.data.data_ptr(), pool.data.stride(0), pool.used.data_ptr(), pool.used.stride(0))
@@ -48,6 +50,9 @@ class TokenAdapters:
 
     def narrow(self) -> None:
         self._step = self._sampled
+
+    def ahead(self, place: Place, x: Tensor) -> None:
+        pass
 
     def add(self, place: Place, x: Tensor, y: Tensor) -> None:
         if len(x) != self._step.tokens:

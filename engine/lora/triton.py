@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import Columns, Int32
-from penstock.engine.kernels.adapt import LARGE, MOST_SLICES, SMALL, Cut, Tiles, adapt_rows, split_for
+from penstock.engine.kernels.expand import expand_rows
+from penstock.engine.kernels.few_rows import Shrink, shrink_of
+from penstock.engine.kernels.shrink import shrink_rows, split_for
+from penstock.engine.kernels.tiles import LARGE, MOST_SLICES, SMALL, Cut, Tiles
 from penstock.engine.lora.base import AdaptedRows, Pages
 from penstock.engine.lora.layout import RANKS, PagePool, Place
 
@@ -26,7 +29,11 @@ class TritonAdapters:
 
     `rows`: the tokens of a tile, None: chosen for each step. With one size of tiles, a token's bits depend on its own row alone. After
     `prepare`, `whole` and `sampled` are how the step's tokens were cut: all of them, and those of `samples`, None if that is all.
+
+    In a graph shrink runs beside the product, in a stream of its own: it is short, and what it waits for is ready when the product begins.
     """
+
+    joins = True
 
     def __init__(self, pool: PagePool, *, rows: int | None = None) -> None:
         self._shapes = {(len(place.group), place.in_features) for place in pool.layout.places}
@@ -38,6 +45,9 @@ class TritonAdapters:
         self.whole: Cut = Cut(0, SMALL, 0, 0, 0)
         self.sampled: Cut | None = None
         self.step: Tiles | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._beside: torch.cuda.Stream | None = None  # in which shrink runs in this step
+        self._splits: int | None = None  # of what shrink has begun beside the product
         self._narrowed: Tiles | None = None
 
     def prepare(self, rows: AdaptedRows) -> Columns:
@@ -55,10 +65,15 @@ class TritonAdapters:
         return lengths_of(whole, WHOLE) | ({} if sampled is None else lengths_of(sampled, SAMPLED))
 
     def begin(self, columns: Mapping[str, Tensor]) -> None:
-        self.begin_sized(columns, self.whole, self.sampled)
+        self._enter(columns, self.whole, self.sampled)
 
     def begin_sized(self, columns: Mapping[str, Tensor], whole: Cut, sampled: Cut | None) -> None:
-        """`begin`, for any step of these `rows` and no more of anything else: how much there is of it is read on the device."""
+        """`begin`, for any step of these `rows` and no more of anything else: how much there is of it is read on the device. This is how
+        graphs begin: to launch in two streams costs the host more than it saves, but for a graph it is once."""
+        self._enter(columns, whole, sampled)
+        self._beside = self._stream
+
+    def _enter(self, columns: Mapping[str, Tensor], whole: Cut, sampled: Cut | None) -> None:
         data, cuts = self.pool.data, [whole] if sampled is None else [whole, sampled]
         sums = torch.empty(max(self._room(cut) for cut in cuts), dtype=torch.float32, device=data.device)
 
@@ -74,17 +89,53 @@ class TritonAdapters:
         return cut.jobs * cut.rows * RANKS * max(parts, default=0)
 
     def end(self) -> None:
-        self.active, self.step, self._narrowed = False, None, None
+        self.active, self.step, self._narrowed, self._beside, self._splits = False, None, None, None, None
 
     def narrow(self) -> None:
         self.step = self._narrowed
 
+    def ahead(self, place: Place, x: Tensor) -> None:
+        step = self._step_of(place, x)
+        if step is not None and self._beside is not None:
+            self._beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._beside):
+                self._splits = self._shrink(place, x, step, early=False)
+
     def add(self, place: Place, x: Tensor, y: Tensor) -> None:
+        step = self._step_of(place, x)
+        if step is None:
+            return
+        splits, self._splits = self._splits, None
+        if splits is not None and self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
+            expand_rows(y, self.pool, place, step, splits, self.processors, early=False)
+        else:
+            expand_rows(y, self.pool, place, step, self._shrink(place, x, step), self.processors)
+
+    @property
+    def suits_few(self) -> bool:
+        """Whether the step's products can begin what this adds: their kernel knows tiles of one size."""
+        return self.step is not None and self.step.cut.rows == SMALL
+
+    def fused(self, place: Place, x: Tensor) -> Shrink | None:
+        """What the product of x `[tokens, in]` is to begin by the way; None: there is nothing to add."""
+        step = self._step_of(place, x)
+        return None if step is None else shrink_of(self.pool, place, step)
+
+    def finish(self, place: Place, y: Tensor) -> None:
+        """Add to y `[tokens, sum(outs)]` what its product has begun."""
+        if (step := self._step_of(place, y)) is not None:
+            expand_rows(y, self.pool, place, step, 1, self.processors)
+
+    def _shrink(self, place: Place, x: Tensor, step: Tiles, *, early: bool = True) -> int:
+        return shrink_rows(x if x.stride(1) == 1 else x.contiguous(), self.pool, place, step, self.processors, early=early)
+
+    def _step_of(self, place: Place, rows: Tensor) -> Tiles | None:
+        """The step of a product with so many rows; None if no adapter is in it."""
         step = self.step
-        if step is None or len(x) != step.cut.tokens:
-            raise RuntimeError(f"{place.group[0].name} got {len(x)} tokens of a step that has {step and step.cut.tokens}")
-        if step.cut.tiles:
-            adapt_rows(x if x.stride(1) == 1 else x.contiguous(), y, self.pool, place, step, self.processors)
+        if step is None or len(rows) != step.cut.tokens:
+            raise RuntimeError(f"{place.group[0].name} got {len(rows)} tokens of a step that has {step and step.cut.tokens}")
+        return step if step.cut.tiles else None
 
 
 def lengths_of(cut: Cut, name: str) -> dict[str, tuple[int, int]]:
@@ -93,7 +144,7 @@ def lengths_of(cut: Cut, name: str) -> dict[str, tuple[int, int]]:
 
 def cut_tokens(adapters: Sequence[Pages], of_tokens: Int32, rows: int | None, name: str) -> tuple[Cut, Columns]:
     """Cut tokens, each of the adapter with this number or below 0 of none, into tiles of `rows`, None: what suits them. The columns are
-    those of `engine.kernels.adapt.Tiles`."""
+    those of `engine.kernels.tiles.Tiles`."""
     counts = np.bincount(of_tokens + 1, minlength=len(adapters) + 1)
     tokens, counts = np.argsort(of_tokens, kind="stable")[counts[0] :], counts[1:]
     rows = rows_for(counts) if rows is None else rows

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import LayerAttention
+from penstock.engine.lora.base import can_join
 from penstock.engine.model import invariant
 from penstock.engine.model.decoder import ACTIVATIONS
 from penstock.engine.model.experts import Experts
+from penstock.engine.model.linear import Linear
 from penstock.engine.model.norm import HeadNorm, Norm, WidthNorm
 from penstock.engine.model.rotary import Rotary, rotate
 
@@ -82,7 +84,7 @@ class FusedGlue:
         from penstock.engine.kernels import experts, few_rows, gate, residual  # Triton comes with CUDA builds of torch only
 
         self._join, self._gate, self._mix = residual.join_rows, gate.gate_rows, experts.mix_rows
-        self.product, self.is_few, self.suits_few = few_rows.multiply_few, few_rows.is_few, few_rows.suits_few
+        self._few, self.is_few, self.suits_few = few_rows.multiply_few, few_rows.is_few, few_rows.suits_few
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
         self.positions = backend.table
@@ -108,6 +110,15 @@ class FusedGlue:
 
     def gate(self, x: Tensor) -> Tensor:
         return self._gate(x, self.activation)
+
+    def few(self, product: Linear, x: Tensor, *, norm: Norm | None = None, add: Tensor | None = None, gated: bool = False) -> Tensor:
+        """A product of a few rows x `[rows, in]`, by way of `norm`; and then plus `add`, or gated. What adapters add is in it."""
+        adapted, weight, bias = product.adapted, product.weight, product.bias
+        if adapted is None or not adapted.backend.active or not can_join(adapted.backend):
+            return self._few(x, weight, bias, norm=norm, add=add, activation=self.activation if gated else None)
+        y = self._few(x, weight, bias, norm=norm, add=add, shrink=adapted.backend.fused(adapted.place, x))
+        adapted.backend.finish(adapted.place, y)
+        return self.gate(y) if gated else y
 
     def mix(self, experts: Experts, x: Tensor, add: Tensor | None = None) -> Tensor:
         """With `add` `[tokens, hidden]`, plus that."""

@@ -123,9 +123,7 @@ class Linear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:  # straight to the method: a step of one token spends a fifth of its time on calls
-        y = self.method(x)
-        if (adapted := self.adapted) is not None and adapted.backend.active:
-            adapted(x, y)
-        return y
+        adapted = self.adapted
+        return self.method(x) if adapted is None or not adapted.backend.active else adapted.multiply(self.method, x)
 
     forward = __call__

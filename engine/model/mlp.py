@@ -31,5 +31,4 @@ class Mlp:
 
     def run_few(self, h: Tensor, norm: Norm | None, glue: FusedGlue) -> Tensor:
         """h `[rows, hidden]` plus the feed-forward of its norm."""
-        y = glue.product(h, self.gate_up.weight, self.gate_up.bias, norm=norm, activation=glue.activation)
-        return glue.product(y, self.down.weight, self.down.bias, add=h)
+        return glue.few(self.down, glue.few(self.gate_up, h, norm=norm, gated=True), add=h)

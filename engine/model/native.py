@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape, can_fuse
-from penstock.engine.lora.base import AdapterBackend, adapt
+from penstock.engine.lora.base import AdapterBackend, adapt, can_join
 from penstock.engine.lora.layout import PageLayout, Site
 from penstock.engine.model.decoder import Decoder
 from penstock.engine.model.experts import Experts, Mixture
@@ -81,13 +81,11 @@ class Layer:
 
     def run_few(self, h: Tensor, glue: FusedGlue) -> Tensor:
         """The same for a few rows, in products that take the norm before them and the sum or gate after them along. Returns both summed."""
-        product, paged = glue.product, self.paged
+        paged = self.paged
         if paged is None:
             raise RuntimeError("the model is not attached to a KV pool")
-        qkv = product(h, self.qkv.weight, self.qkv.bias, norm=self.before_attention)
-        y = glue.attend(paged, qkv, self.norm_heads, self.rotary)
-        h = product(y, self.out.weight, self.out.bias, add=h)
-        return self.mlp.run_few(h, self.before_mlp, glue)
+        y = glue.attend(paged, glue.few(self.qkv, h, norm=self.before_attention), self.norm_heads, self.rotary)
+        return self.mlp.run_few(glue.few(self.out, y, add=h), self.before_mlp, glue)
 
 
 class NativeModel:
@@ -160,10 +158,10 @@ class NativeModel:
         h = self.embedding.index_select(0, ids)
         if self.scale is not None:
             h = h * self.scale
-        glue, last = self.glue, self.blocks[-1]
+        glue, last, adapters = self.glue, self.blocks[-1], self.adapters
         glue.begin(positions)
-        adapted = self.adapters is not None and self.adapters.active
-        if isinstance(glue, FusedGlue) and self.suits_few and not adapted and glue.is_few(len(h), self.widest):
+        joined = adapters is None or not adapters.active or (can_join(adapters) and adapters.suits_few)
+        if isinstance(glue, FusedGlue) and self.suits_few and joined and glue.is_few(len(h), self.widest):
             return self._forward_few(h, glue, rows, keep)
         x: Tensor | None = None
         after: Norm | None = None

@@ -163,6 +163,7 @@ def test_after_the_last_attention_only_some_tokens_are_left(samples: list[int]) 
 
 
 @here
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("name", "group"), [("page", 3), ("pattern", 0)])
@@ -187,7 +188,7 @@ def test_bits_of_a_token_do_not_depend_on_the_others(name: str, group: int, dtyp
 @here
 def test_a_launch_for_more_does_the_same_and_one_for_nothing_does_nothing() -> None:
     """A CUDA graph is recorded once, with columns of nothing, and run with any step that fits: they are filled up."""
-    from penstock.engine.kernels.adapt import Cut
+    from penstock.engine.kernels.tiles import Cut
 
     adapters = Adapters(torch.float16)
     backend, groups = adapters.backend(None), adapters.layout.places[:2]
@@ -224,6 +225,39 @@ def test_a_launch_for_more_does_the_same_and_one_for_nothing_does_nothing() -> N
         got = unchanged.clone()
         backend.add(place, torch.full((24, place.in_features), float("nan"), dtype=got.dtype, device=DEVICE), got)
         assert torch.equal(got, unchanged)
+
+
+@pytest.mark.skipif(not GPU, reason="graphs are CUDA's")
+def test_in_a_graph_shrink_runs_beside_the_product() -> None:
+    from penstock.engine.graphs import CudaRecord
+
+    adapters, counts = Adapters(torch.bfloat16), STEPS["one page"]
+    backend, groups = adapters.backend(None), adapters.layout.places[:2]
+    columns = send(backend.prepare(adapters.rows(counts)))
+    x = [torch.randn(len(tokens_of(counts)), place.in_features, device=DEVICE).bfloat16() for place in groups]
+    weights = [torch.randn(sum(place.outs), place.in_features, device=DEVICE).bfloat16() for place in groups]
+
+    def multiply() -> Tensor:
+        found = []
+        for place, some, weight in zip(groups, x, weights, strict=True):
+            backend.ahead(place, some)
+            found.append(some @ weight.t())
+            backend.add(place, some, found[-1])
+        backend.end()
+        return torch.cat(found, 1)
+
+    backend.begin(columns)
+    expected = multiply()
+
+    def step() -> Tensor:
+        backend.begin_sized(columns, backend.whole, None)
+        return multiply()
+
+    replay, out = CudaRecord(DEVICE)(step)
+    for _ in range(20):
+        out.zero_()
+        replay()
+        assert torch.equal(out, expected)
 
 
 @here

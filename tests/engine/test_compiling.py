@@ -68,7 +68,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         from triton.runtime.jit import JITFunction
 
         from penstock.engine.attention import triton as attention
-        from penstock.engine.kernels import adapt, decode_attention, gate, heads, paged_attention, residual
+        from penstock.engine.kernels import decode_attention, expand, gate, heads, paged_attention, residual, shrink
 
         run = JITFunction.run
 
@@ -83,8 +83,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(JITFunction, "run", compile_only)
         driver.set_active(Driver())
-        for module in (adapt, decode_attention, gate, heads, paged_attention, residual):
-            monkeypatch.setattr(module, "overlap", lambda x: {"OVERLAP": True, "launch_pdl": True}, raising=False)
+        for module in (decode_attention, expand, gate, heads, paged_attention, residual, shrink):
+            monkeypatch.setattr(module, "overlap", lambda x, **_: {"OVERLAP": True, "launch_pdl": True}, raising=False)
         assert attention.TritonAttention.fuses
     return names
 
@@ -145,10 +145,10 @@ def check_adapters(kernel: Any, options: Mapping[str, Any]) -> None:
     to the next), and weights are loaded wide and ahead."""
     from triton import knobs
 
-    from penstock.engine.kernels.adapt import programs_of
+    from penstock.engine.kernels import expand, shrink
 
-    shrinks, expands = programs_of(options["ROWS"], options.get("TOGETHER", 1))
-    programs, threads = shrinks if kernel.metadata.name == "_shrink" else expands, 32 * kernel.metadata.num_warps
+    rows, threads = options["ROWS"], 32 * kernel.metadata.num_warps
+    programs = shrink.programs_of(rows) if kernel.metadata.name == "_shrink" else expand.programs_of(rows, options["TOGETHER"])
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -166,7 +166,7 @@ def check_adapters(kernel: Any, options: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize(("rows", "pages"), [(16, 1), (16, 4), (16, 6), (64, 1), (64, 4), (64, 6)])
 @pytest.mark.parametrize("sizes", [(4096, 4096, 1024, 14336), (1024, 2048, 1024, 3072)], ids=["8B", "0.6B"])
 def test_adapters_of_any_rank(sizes: tuple[int, int, int, int], rows: int, pages: int, compiled: list[str]) -> None:
-    from penstock.engine.kernels.adapt import Cut
+    from penstock.engine.kernels.tiles import Cut
     from penstock.engine.lora.layout import PagePool, Site, layout_of
     from penstock.engine.lora.triton import TritonAdapters
 

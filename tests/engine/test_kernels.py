@@ -156,39 +156,6 @@ def test_the_gate_of_a_feed_forward(activation: str, dtype: torch.dtype) -> None
     )
 
 
-@pytest.mark.skipif(not GPU, reason="CUDA C++")
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 8, 11, 29])
-@pytest.mark.parametrize(("inner", "outer"), [(96, 70), (1024, 4100), (2080, 136)])
-@pytest.mark.parametrize(
-    ("norm", "add", "activation"), [(1, 0, None), (0, 1, None), (1, 0, "silu"), (2, 0, "gelu"), (2, 0, "gelu_pytorch_tanh")]
-)
-def test_a_product_of_a_few_rows_with_what_surrounds_it(
-    inner: int, outer: int, rows: int, norm: int, add: int, activation: str | None, bias: bool, dtype: torch.dtype
-) -> None:
-    from penstock.engine.kernels.few_rows import multiply_few, suits_few
-    from penstock.engine.model.decoder import ACTIVATIONS
-    from penstock.engine.model.norm import Norm
-
-    x, weight = torch.randn(rows, 2 * inner).to(dtype)[:, :inner], (torch.randn(outer, inner) / inner**0.5).to(dtype)
-    offset, stream = torch.randn(outer).to(dtype), torch.randn(rows, outer).to(dtype)
-    scale = torch.randn(inner) if norm == 2 else torch.randn(inner).to(dtype)
-    expected = (rms(x.double(), scale.double()) if norm else x.double()) @ weight.double().t()
-    expected += offset.double() if bias else 0.0
-    expected += stream.double() if add else 0.0
-    if activation is not None:
-        half = outer // 2
-        expected = ACTIVATIONS[activation](expected[:, :half]) * expected[:, half:]
-    there = weight.to(DEVICE)
-    assert suits_few(there)
-    got = multiply_few(
-        x.to(DEVICE), there, offset.to(DEVICE) if bias else None,
-        norm=Norm(scale.to(DEVICE), 1e-6) if norm else None, add=stream.to(DEVICE) if add else None, activation=activation,
-    )  # fmt: skip
-    torch.testing.assert_close(got.double().cpu(), expected, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
-
-
 @here
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dim", "pairs", "norm"), [(64, 32, True), (64, 32, False), (48, 12, True), (20, 10, False)])

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from penstock.engine.attention.base import StepRows
+from penstock.engine.lora.layout import PagePool, Place
 from penstock.engine.lora.residency import Load
+from penstock.engine.model.decoder import ACTIVATIONS
 from penstock.engine.model.native import NativeModel
+from penstock.engine.model.norm import Norm
 from penstock.engine.request import Adapter, Request, Sampler
 from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
+from penstock.engine.staging import HostStaging
 
 from ..engine.driver import request, run  # noqa: TID252
-from ..engine.interpreted import GPU, apart, assert_passes, here  # noqa: TID252
+from ..engine.interpreted import DEVICE, GPU, apart, assert_passes, here  # noqa: TID252
 from .test_fused import build, sized
 from .test_native import make
 
@@ -112,3 +121,77 @@ def test_graphs_for_adapters_are_captured_while_idle_once_there_were_some() -> N
     assert {size.tokens for size in graphs._graphs if size.mix == mix and not size.chunks} == {1, 2, 3}
     assert {size.tokens for size in graphs._graphs if size.mix == mix and size.chunks} == set(graphs.tokens)
     assert not adapted.runner.prepare()
+
+
+@here
+@pytest.mark.skipif(GPU, reason="in the place of a kernel that needs a GPU")
+@pytest.mark.parametrize("name", ["qwen3", "biases"])
+def test_steps_of_few_rows_begin_what_adapters_add_with_their_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.engine.kernels import few_rows
+    from penstock.engine.kernels.shrink import shrink_rows
+    from penstock.engine.kernels.tiles import Tiles
+    from penstock.engine.lora import triton
+
+    begun = 0
+
+    def multiply(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, add: Tensor | None = None,
+        activation: str | None = None, shrink: tuple[PagePool, Place, Tiles] | None = None,
+    ) -> Tensor:  # fmt: skip
+        nonlocal begun
+        x = x if norm is None else norm(x)
+        y = F.linear(x, weight, bias)
+        if shrink is not None:
+            begun += 1
+            assert activation is None
+            assert shrink_rows(x, *shrink, processors=4) == 1
+        if activation is not None:
+            y = ACTIVATIONS[activation](y[:, : y.shape[1] // 2]) * y[:, y.shape[1] // 2 :]
+        return y if add is None else y + add
+
+    expected = Adapted(build(make(name)), triton=False, ranks=RANKS).run()
+    monkeypatch.setattr("penstock.engine.model.linear.can_pack", lambda weight: False)
+    monkeypatch.setattr(few_rows, "multiply_few", multiply)
+    monkeypatch.setattr(few_rows, "suits_few", lambda weight: True)
+    monkeypatch.setattr(triton, "shrink_of", lambda *given: given)
+    assert Adapted(build(make(name)), triton=True, ranks=RANKS).run() == expected
+    assert begun > 0
+
+
+@here
+@pytest.mark.skipif(not GPU, reason="CUDA C++")
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_a_step_of_few_rows_in_bfloat16_is_as_exact_as_one_by_the_library(name: str) -> None:
+    exact, model = build(make(name, torch.bfloat16).float().cuda()), build(make(name, torch.bfloat16).cuda())
+    ranks = {b"one": 16, b"more": 40}
+    expected = logits_of(Adapted(exact, triton=True, ranks=ranks))
+    few = Adapted(model, triton=True, ranks=ranks)
+    assert model.suits_few
+    got = logits_of(few)
+    model.suits_few = False
+    by_library = logits_of(few)
+    error, least = ((one.double() - expected.double()).square().mean().sqrt() for one in (got, by_library))
+    assert not torch.equal(got, by_library)
+    assert error < 1.3 * least + 1e-3
+
+
+def logits_of(adapted: Adapted) -> Tensor:
+    """Of five tokens in three slots: of the base model, and of two adapters."""
+    runner, adapters = adapted.runner, adapted.adapters
+    pages: dict[bytes, tuple[int, ...]] = {}
+    for digest, (data, used) in adapted.content.items():
+        pages[digest] = tuple(range(sum(map(len, pages.values())), sum(map(len, pages.values())) + len(data)))
+        adapters.write(pages[digest], data, used)
+    for slot, digest in enumerate((b"", b"one", b"more")):
+        adapters.fill(slot, pages.get(digest, ()))
+    slots, counts = np.arange(3, dtype=np.int32), np.array([1, 2, 2], np.int32)
+    table = np.arange(9, dtype=np.int32).reshape(3, 3)
+    written = np.repeat(slots, 3), np.tile(slots, 3)
+    rows = StepRows(slots, np.zeros(3, np.int32), counts, 0, table, written)
+    positions = rows.positions()
+    columns = {"sources": slots[:0], "positions": positions}
+    columns |= runner.attention.prepare(rows, positions, rows.places(positions, runner.pool.block_size)) | adapters.prepare(rows, None)
+    sent = {name: column.to(DEVICE) for name, column in HostStaging().send(columns).items()}
+    with torch.inference_mode(), adapters.step(sent):
+        runner.attention.begin(sent)
+        return runner.model.forward(torch.tensor([3, 5, 8, 9, 2], device=DEVICE), sent["positions"], None).clone()

@@ -1,0 +1,45 @@
+// What a warp does at once, and how it reads, in PTX. Numbers are bfloat16, two of them in a word.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long s64;
+
+struct Quad { u32 a, b, c, d; };
+
+// Of what no kernel of this step writes: it need not wait.
+__device__ inline Quad load_constant(const void* at) {
+  Quad q;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at));
+  return q;
+}
+
+__device__ inline Quad load(const void* at) {
+  Quad q;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at) : "memory");
+  return q;
+}
+
+__device__ inline float low(u32 two) { return __uint_as_float(two << 16); }
+__device__ inline float high(u32 two) { return __uint_as_float(two & 0xffff0000u); }
+__device__ inline u32 both(float l, float h) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(h), "f"(l)); return r; }
+__device__ inline float number(const unsigned short* at) { return low((u32)*at); }
+
+// c += a * b of 16 rows of a, 8 columns of b and 16 of the inner dimension.
+__device__ inline void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The sum of what four neighbours have.
+__device__ inline float sum_of_four(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Until the kernel before this one is done; and let the one after it begin to wait for this (engine/kernels/overlap.py).
+__device__ inline void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

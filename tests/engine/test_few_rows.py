@@ -1,0 +1,138 @@
+"""Products of a few rows, with what surrounds them and what adapters add, against float64: on a GPU if there is one, else emulated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.engine.kernels import few_rows
+from penstock.engine.kernels.few_rows import Shrink, multiply_few, shrink_of
+from penstock.engine.kernels.tiles import SMALL, Tiles
+from penstock.engine.lora.layout import RANKS, PagePool, Place, Site, layout_of
+from penstock.engine.lora.triton import WHOLE, cut_tokens
+from penstock.engine.model.decoder import ACTIVATIONS
+from penstock.engine.model.norm import Norm
+
+from .emulating import emulated
+from .interpreted import DEVICE, GPU
+
+pytestmark = pytest.mark.skipif(not GPU and shutil.which("g++") is None, reason="neither a GPU nor a compiler of C++")
+SIZES = [(96, 70), (1024, 4100), (2080, 136)] if GPU else [(96, 70), (512, 36), (2080, 22)]  # of a few blocks, where they are emulated
+TOLERANCE = 4e-2
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(few_rows, "_kernel", emulated)
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8, 11, 29])
+@pytest.mark.parametrize(("inner", "outer"), SIZES)
+@pytest.mark.parametrize(
+    ("norm", "add", "activation"), [(1, 0, None), (0, 1, None), (1, 0, "silu"), (2, 0, "gelu"), (2, 0, "gelu_pytorch_tanh")]
+)
+def test_a_product_of_a_few_rows_with_what_surrounds_it(
+    inner: int, outer: int, rows: int, norm: int, add: int, activation: str | None, bias: bool
+) -> None:
+    x, weight = torch.randn(rows, 2 * inner).bfloat16()[:, :inner], (torch.randn(outer, inner) / inner**0.5).bfloat16()
+    offset, stream = torch.randn(outer).bfloat16(), torch.randn(rows, outer).bfloat16()
+    scale = torch.randn(inner) if norm == 2 else torch.randn(inner).bfloat16()
+    expected = (rms(x.double(), scale.double()) if norm else x.double()) @ weight.double().t()
+    expected += offset.double() if bias else 0.0
+    expected += stream.double() if add else 0.0
+    if activation is not None:
+        half = outer // 2
+        expected = ACTIVATIONS[activation](expected[:, :half]) * expected[:, half:]
+    got = multiply_few(
+        x.to(DEVICE), weight.to(DEVICE), offset.to(DEVICE) if bias else None,
+        norm=Norm(scale.to(DEVICE), 1e-6) if norm else None, add=stream.to(DEVICE) if add else None, activation=activation,
+    )  # fmt: skip
+    torch.testing.assert_close(got.double().cpu(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.skipif(not GPU, reason="what suits the kernel is on a GPU")
+def test_what_suits_the_kernel() -> None:
+    weight = torch.zeros(64, 96, dtype=torch.bfloat16, device=DEVICE)
+    assert few_rows.suits_few(weight)
+    assert not few_rows.suits_few(weight.float())
+    assert not few_rows.suits_few(weight[:, :64])
+    assert not few_rows.suits_few(weight[:, :60].contiguous())
+    assert not few_rows.suits_few(weight.cpu())
+
+
+class Adapters:
+    """Adapters of one group of products, in random pages: `ranks` says how many rows of A each has for each of the products. There is room
+    for so many jobs `more`, as in a CUDA graph."""
+
+    def __init__(self, place: Place, ranks: Sequence[Sequence[int]], of_tokens: Sequence[int], pool: PagePool, more: int) -> None:
+        self.place, self.pool, free = place, pool, torch.randperm(len(pool.data)).tolist()
+        pages = [tuple(free.pop() for _ in range(-(-max(each) // RANKS))) for each in ranks]
+        for mine, each in zip(pages, ranks, strict=True):
+            for number, page in enumerate(mine):
+                for part, rank in enumerate(each):
+                    rows = min(max(rank - number * RANKS, 0), RANKS)
+                    pool.used[page, place.site + part] = rows
+                    a = torch.randn(rows, place.in_features) / place.in_features**0.5
+                    pool.matrices(place, page)[part][0][:rows] = a.to(pool.data)
+        cut, columns = cut_tokens(pages, np.array(of_tokens, np.int32), SMALL, WHOLE)
+        self.jobs = columns[f"{WHOLE}.jobs"].reshape(-1, 3).tolist()
+        self.tokens = columns[f"{WHOLE}.tokens"].tolist()
+        sent = [torch.from_numpy(columns[f"{WHOLE}.{name}"].astype(np.int64)) for name in ("tokens", "jobs", "tiles")]
+        sent = [torch.nn.functional.pad(column, (0, 3 * more)).to(DEVICE) for column in sent]
+        cut = type(cut)(cut.tokens, cut.rows, cut.tiles + more, cut.jobs + more, cut.pages)
+        sums = torch.full((cut.jobs, len(place.group), SMALL, RANKS), float("nan"), device=DEVICE)
+        self.step = Tiles(*sent, sums, cut)
+
+    @property
+    def shrink(self) -> Shrink:
+        return shrink_of(self.pool, self.place, self.step)
+
+    def check(self, x: Tensor) -> None:
+        """The sums are those of x `[tokens, in]`, float64; and nothing is written where there is no job, token or rank."""
+        expected = torch.full(self.step.sums.shape, float("nan"), dtype=torch.float64)
+        for number, (page, first, count) in enumerate(self.jobs):
+            for part, (a, _) in enumerate(self.pool.matrices(self.place, page)):
+                rows = int(self.pool.used[page, self.place.site + part])
+                if rows:
+                    expected[number, part, :count, :rows] = x[self.tokens[first : first + count]] @ a[:rows].double().cpu().t()
+                    expected[number, part, :count, rows:] = 0.0
+        torch.testing.assert_close(self.step.sums.double().cpu(), expected, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True)
+
+
+@pytest.mark.parametrize("more", [0, 3])
+@pytest.mark.parametrize(
+    ("ranks", "of_tokens"),
+    [
+        ([(16, 16, 16)], [0]),
+        ([(4, 0, 8), (0, 40, 33)], [1, -1, 0, 0, 1, 1]),
+        ([(16, 3, 16), (8, 8, 0), (0, 0, 16)], [*range(-1, 3)] * 4),
+        ([(16, 16, 16), (1, 1, 1)], [0] * 20 + [-1] + [1] * 8),
+    ],
+    ids=["one", "pages", "many", "tiles"],
+)
+@pytest.mark.parametrize(("inner", "norm", "add"), [(96, 1, False), (512, 0, True), (2080, 2, False)])
+def test_what_adapters_add_begins_with_the_product(
+    inner: int, norm: int, add: bool, ranks: Sequence[Sequence[int]], of_tokens: Sequence[int], more: int
+) -> None:
+    layout = layout_of([(Site("before", 32, 8),), (Site("q", inner, 40), Site("k", inner, 8), Site("v", inner, 8))])
+    pool = PagePool(layout, 9, torch.bfloat16, DEVICE)
+    pool.data.fill_(float("nan"))
+    pool.used.fill_(RANKS)
+    adapters, rows = Adapters(layout.places[1], ranks, of_tokens, pool, more), len(of_tokens)
+    x, weight = torch.randn(rows, inner + 32).bfloat16()[:, :inner], (torch.randn(56, inner) / inner**0.5).bfloat16()
+    scale, stream = torch.randn(inner) if norm == 2 else torch.randn(inner).bfloat16(), torch.randn(rows, 56).bfloat16()
+    around = {"norm": Norm(scale.to(DEVICE), 1e-6) if norm else None, "add": stream.to(DEVICE) if add else None}
+    got = multiply_few(x.to(DEVICE), weight.to(DEVICE), None, **around, shrink=adapters.shrink)  # type: ignore[arg-type]
+    assert torch.equal(got, multiply_few(x.to(DEVICE), weight.to(DEVICE), None, **around))  # type: ignore[arg-type]
+    adapters.check(rms(x.double(), scale.double()) if norm else x.double())
