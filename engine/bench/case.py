@@ -12,6 +12,7 @@ from penstock.engine.attention.base import LayerShape
 from penstock.engine.attention.storage import choose_dtype
 from penstock.engine.bench.clock import Call
 from penstock.engine.model.decoder import Decoder, read_decoder
+from penstock.engine.model.experts import Mixture
 from penstock.engine.model.spec import ModelError
 from penstock.engine.model.weights import weight_shapes
 
@@ -41,7 +42,8 @@ class Case:
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
     """The model whose kernels are timed: sequences of up to `longest` tokens, whose keys and values are kept in
-    `kv_dtype`. `fused`: with the Triton kernels, as on CUDA."""
+    `kv_dtype`. `inner` is the width of a feed-forward that is not made of experts. `fused`: with the Triton
+    kernels, as on CUDA."""
 
     decoder: Decoder
     hidden: int
@@ -62,6 +64,16 @@ class Subject:
         """Columns of the product that gives queries, keys and values."""
         return (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
 
+    @property
+    def mixture(self) -> Mixture | None:
+        """The experts of those layers that have some; they are the same in all of them."""
+        return next(filter(None, self.decoder.mixtures), None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether some layer has a feed-forward that is not made of experts."""
+        return not all(self.decoder.mixtures)
+
     def draw(self, *size: int, scale: float = 1.0) -> torch.Tensor:
         """Normal numbers."""
         return torch.empty(size, dtype=self.dtype, device=self.device).normal_(0.0, scale)
@@ -79,8 +91,6 @@ def read_subject(
     decoder = read_decoder(config, device)
     if decoder is None:
         raise ModelError("unsupported_model", f"{config.model_type}: the native decoder does not know it, so none of its kernels are timed")
-    if any(decoder.mixtures):
-        raise ModelError("unsupported_model", f"{config.model_type}: kernels of experts are not timed yet")
     norms = "model.layers.0.self_attn.q_norm.weight" in weight_shapes(config)
     stored = choose_dtype(kv_dtype, dtype, device)
     return Subject(decoder, config.hidden_size, config.intermediate_size, norms, longest, dtype, stored, device, fused)
