@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from penstock.engine.bench.adapters import time_adapters
 from penstock.engine.bench.attention import time_decodes, time_prompts
 from penstock.engine.bench.between import time_between, time_sampling
 from penstock.engine.bench.case import Case, Subject, read_subject
@@ -54,7 +55,7 @@ def cases(subject: Subject, rows: Iterable[int], keys: int) -> Iterator[Case]:
     """Made one after another, so that each may have the memory of the one before."""
     for count in rows:
         yield from chain(time_between(subject, count), time_products(subject, count), time_few(subject, count))
-        yield from time_experts(subject, count)
+        yield from chain(time_experts(subject, count), time_adapters(subject, count, min(count, SAMPLED)))
         if count <= SAMPLED:
             yield from chain(time_decodes(subject, count, keys), time_head(subject, count), time_sampling(subject, count))
     for prompts, tokens in PROMPTS:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CACHE, CPU_CACHE = 2**28, 2**26  # bytes that no cache holds, four times over on a GPU; on a CPU others use the cache, too
-MOST_COPIES = 128
+MOST_COPIES = 1024  # what one adapter has for a product may be a tenth of a megabyte
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,13 +42,14 @@ class Case:
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
     """The model whose kernels are timed: sequences of up to `longest` tokens, whose keys and values are kept in
-    `kv_dtype`. `inner` is the width of a feed-forward that is not made of experts. `fused`: with the Triton
-    kernels, as on CUDA."""
+    `kv_dtype`. `inner` is the width of a feed-forward that is not made of experts. `joined`: where others have three products for
+    queries, keys and values, and two for gate and up, it has one. `fused`: with the Triton kernels, as on CUDA."""
 
     decoder: Decoder
     hidden: int
     inner: int
     head_norms: bool
+    joined: bool
     longest: int
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -91,6 +92,6 @@ def read_subject(
     decoder = read_decoder(config, device)
     if decoder is None:
         raise ModelError("unsupported_model", f"{config.model_type}: the native decoder does not know it, so none of its kernels are timed")
-    norms = "model.layers.0.self_attn.q_norm.weight" in weight_shapes(config)
+    norms, joined = (f"model.layers.0.self_attn.{name}.weight" in weight_shapes(config) for name in ("q_norm", "qkv_proj"))
     stored = choose_dtype(kv_dtype, dtype, device)
-    return Subject(decoder, config.hidden_size, config.intermediate_size, norms, longest, dtype, stored, device, fused)
+    return Subject(decoder, config.hidden_size, config.intermediate_size, norms, joined, longest, dtype, stored, device, fused)

@@ -13,21 +13,24 @@ import torch
 from penstock.clients.bench.shapes import write_model
 from penstock.engine.bench import case as cases_of
 from penstock.engine.bench.__main__ import cases, measure, timed
+from penstock.engine.bench.adapters import ADAPTERS, begin, groups, time_adapters
 from penstock.engine.bench.between import time_between
 from penstock.engine.bench.case import Case, Subject, read_subject
 from penstock.engine.bench.ceilings import Ceilings
 from penstock.engine.bench.experts import time_experts
 from penstock.engine.bench.products import time_products
+from penstock.engine.lora.layout import RANKS, PagePool, layout_of
 from penstock.engine.model.load import read_config
 from penstock.engine.model.spec import read_spec
 
 from .interpreted import DEVICE, GPU, READY, apart, assert_passes, elsewhere, here
 
 PRODUCTS = {"qkv", "out", "gate up", "down"}
-ON_BOTH = PRODUCTS | {"norm join", "heads", "gate", "decode attention", "head", "sampling", "prefill attention"}
+ADAPTED = {f"{name} {what}" for name in PRODUCTS for what in ("adapters", "adapted")}
+ON_BOTH = PRODUCTS | ADAPTED | {"norm join", "heads", "gate", "decode attention", "head", "sampling", "prefill attention"}
 FEW = {f"{name}, few rows" for name in PRODUCTS}
 EXPERTS = {"router", "routing", "experts"}
-MLP = {"gate", "gate up", "down"}
+MLP = {"gate", "gate up", "down", "gate up adapters", "gate up adapted", "down adapters", "down adapted"}
 
 
 @pytest.fixture
@@ -82,9 +85,11 @@ def check_calls(case: Case) -> None:
 
 
 @here
-def test_those_of_experts_are_called_so_too(folder: Path) -> None:
+def test_those_of_experts_and_of_several_adapters_are_called_so_too(folder: Path) -> None:
     subject = subject_of(with_experts(folder), fused=True)
-    for case in time_experts(subject, 3):
+    found = [*time_experts(subject, 3), *time_adapters(subject, 20, 9)]
+    assert [case.shape for case in found if case.kernel == "out adapters"] == ["128 to 128, 1 adapter", "128 to 128, 8 adapters"]
+    for case in found:
         check_calls(case)
 
 
@@ -150,3 +155,41 @@ def test_experts_are_read_once_if_some_token_has_them(folder: Path, rows: int) -
     assert of["router"].bytes == item * (16 * 128 + rows * (128 + 16))
     assert of["routing"].bytes == item * rows * 16 + rows * 4 * (8 if READY else 4 + 8)
     assert len({tuple(call()[0].tolist()) for call in of["experts"].calls}) == len(of["experts"].calls) > 1
+
+
+def test_adapters_are_of_as_many_as_there_are_tokens_for(folder: Path) -> None:
+    subject = subject_of(folder, fused=READY)
+    item = subject.dtype.itemsize
+    found = list(time_adapters(subject, 33, 33))
+    assert [case.shape for case in found if case.kernel == "qkv adapters"] == [
+        f"128 to 256, {name}" for name in ("1 adapter", "8 adapters", "32 adapters")
+    ]
+    assert {case.kernel for case in found} == ADAPTED
+    assert ADAPTERS[-1] > 33
+    assert {case.shape for case in time_adapters(subject, 33, 7)} == {case.shape for case in found if "1 adapter" in case.shape}
+    of = {(case.kernel, case.shape): case for case in found}
+    alone, both = of["qkv adapters", "128 to 256, 8 adapters"], of["qkv adapted", "128 to 256, 8 adapters"]
+    pages = 8 * 16 * (3 * 128 + 256)
+    assert alone.bytes == item * (pages + 33 * (128 + 2 * 256))
+    assert alone.flops == 2 * 33 * 16 * (3 * 128 + 256)
+    assert both.bytes == item * (128 * 256 + pages + 33 * (128 + 256))
+    assert both.flops == alone.flops + 2 * 33 * 128 * 256
+    first, second = both.calls
+    assert not torch.equal(first(), second())
+
+
+def test_tokens_have_the_adapters_of_a_step_in_turn(folder: Path) -> None:
+    subject = subject_of(folder, fused=READY)
+    group = groups(subject)["gate up"]
+    assert [(site.in_features, site.out_features) for site in group] == [(128, 256)] * 2
+    pool = PagePool(layout_of([group]), 3, subject.dtype, DEVICE)
+    pool.data.normal_(0.0, 0.1)
+    pool.used.fill_(RANKS)
+    backend, place = begin(subject, pool, 7, 5), pool.layout.places[0]
+    x, y = subject.draw(7, 128), subject.draw(7, 512)
+    got = y.clone()
+    backend.add(place, x, got)
+    for token in range(7):
+        added = [x[token].double() @ a.double().t() @ b.double() for a, b in pool.matrices(place, token % 3)]
+        tolerance = 1e-5 if subject.dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(got[token].double(), y[token].double() + torch.cat(added), atol=tolerance, rtol=tolerance)
