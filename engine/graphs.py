@@ -21,7 +21,7 @@ from penstock.engine.attention.base import Columns
 from penstock.engine.attention.triton import TritonAttention
 from penstock.engine.kernels.sample import sample_rows
 from penstock.engine.kernels.tiles import SMALL, TOGETHER, Cut
-from penstock.engine.lora.triton import TritonAdapters
+from penstock.engine.lora.triton import TritonAdapters, room_for
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.results import CannotRecord
 
@@ -196,13 +196,9 @@ class StepGraphs:
         return mix
 
     def _cuts(self, size: Size, mix: Mix) -> tuple[Cut, Cut | None]:
-        """Room for any step of this size: each slot may have another adapter, with one tile that is not full."""
-
-        def room(tokens: int, rows: int) -> Cut:
-            tiles = min(tokens, tokens // rows + self.nobody)
-            return Cut(tokens, rows, tiles, tiles * mix.pages, mix.pages)
-
-        return room(size.tokens, mix.rows), room(size.samples, SMALL) if size.chunks else None
+        """Room for any step of this size."""
+        sampled = room_for(size.samples, SMALL, self.nobody, mix.pages) if size.chunks else None
+        return room_for(size.tokens, mix.rows, self.nobody, mix.pages), sampled
 
     def _columns(self, size: Size) -> dict[str, tuple[int, int, int]]:
         lengths = {"sources": (size.tokens, self.nobody), "positions": (size.tokens, 0), "decodes": (1, 0)}

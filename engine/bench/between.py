@@ -29,8 +29,9 @@ def time_between(subject: Subject, rows: int) -> Iterator[Case]:
     h, x, norm = subject.draw(rows, hidden), subject.draw(rows, hidden), Norm(subject.draw(hidden), subject.decoder.epsilon)
     yield Case("norm join", f"{hidden}", rows, (4 * rows + 1) * hidden * item, 0, [lambda: glue.join(h, x, None, norm)[1]])
     yield _heads(subject, rows, pool)
-    both = subject.draw(rows, 2 * inner)
-    yield Case("gate", f"{2 * inner} to {inner}", rows, 3 * rows * inner * item, 0, [lambda: glue.gate(both)])
+    if subject.plain:  # experts have theirs within
+        both = subject.draw(rows, 2 * inner)
+        yield Case("gate", f"{2 * inner} to {inner}", rows, 3 * rows * inner * item, 0, [lambda: glue.gate(both)])
 
 
 def time_sampling(subject: Subject, rows: int) -> Iterator[Case]:

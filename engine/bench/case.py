@@ -12,6 +12,7 @@ from penstock.engine.attention.base import LayerShape
 from penstock.engine.attention.storage import choose_dtype
 from penstock.engine.bench.clock import Call
 from penstock.engine.model.decoder import Decoder, read_decoder
+from penstock.engine.model.experts import Mixture
 from penstock.engine.model.spec import ModelError
 from penstock.engine.model.weights import weight_shapes
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CACHE, CPU_CACHE = 2**28, 2**26  # bytes that no cache holds, four times over on a GPU; on a CPU others use the cache, too
-MOST_COPIES = 128
+MOST_COPIES = 1024  # what one adapter has for a product may be a tenth of a megabyte
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,12 +42,14 @@ class Case:
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
     """The model whose kernels are timed: sequences of up to `longest` tokens, whose keys and values are kept in
-    `kv_dtype`. `fused`: with the Triton kernels, as on CUDA."""
+    `kv_dtype`. `inner` is the width of a feed-forward that is not made of experts. `joined`: where others have three products for
+    queries, keys and values, and two for gate and up, it has one. `fused`: with the Triton kernels, as on CUDA."""
 
     decoder: Decoder
     hidden: int
     inner: int
     head_norms: bool
+    joined: bool
     longest: int
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -61,6 +64,16 @@ class Subject:
     def qkv(self) -> int:
         """Columns of the product that gives queries, keys and values."""
         return (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The experts of those layers that have some; they are the same in all of them."""
+        return next(filter(None, self.decoder.mixtures), None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether some layer has a feed-forward that is not made of experts."""
+        return not all(self.decoder.mixtures)
 
     def draw(self, *size: int, scale: float = 1.0) -> torch.Tensor:
         """Normal numbers."""
@@ -79,8 +92,6 @@ def read_subject(
     decoder = read_decoder(config, device)
     if decoder is None:
         raise ModelError("unsupported_model", f"{config.model_type}: the native decoder does not know it, so none of its kernels are timed")
-    if any(decoder.mixtures):
-        raise ModelError("unsupported_model", f"{config.model_type}: kernels of experts are not timed yet")
-    norms = "model.layers.0.self_attn.q_norm.weight" in weight_shapes(config)
+    norms, joined = (f"model.layers.0.self_attn.{name}.weight" in weight_shapes(config) for name in ("q_norm", "qkv_proj"))
     stored = choose_dtype(kv_dtype, dtype, device)
-    return Subject(decoder, config.hidden_size, config.intermediate_size, norms, longest, dtype, stored, device, fused)
+    return Subject(decoder, config.hidden_size, config.intermediate_size, norms, joined, longest, dtype, stored, device, fused)

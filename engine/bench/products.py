@@ -1,4 +1,4 @@
-"""The products of a decoder: four in a layer and the head, by the library or packed; and those of a few rows, with what surrounds them."""
+"""The products of a decoder: those in a layer and the head, by the library or packed; and those of a few rows, with what is around them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,23 @@ from penstock.engine.model.norm import Norm
 
 
 def products(subject: Subject) -> dict[str, tuple[int, int]]:
-    """Columns in and out of each product of a layer."""
+    """Columns in and out of each product of a layer that every row goes through."""
     hidden, inner, shape = subject.hidden, subject.inner, subject.shape
-    return {
-        "qkv": (hidden, subject.qkv),
-        "out": (shape.heads * shape.value_dim, hidden),
-        "gate up": (hidden, 2 * inner),
-        "down": (inner, hidden),
-    }
+    found = {"qkv": (hidden, subject.qkv), "out": (shape.heads * shape.value_dim, hidden)}
+    return found | {"gate up": (hidden, 2 * inner), "down": (inner, hidden)} if subject.plain else found
 
 
 def time_products(subject: Subject, rows: int) -> Iterator[Case]:
     for name, (inner, outer) in products(subject).items():
-        yield _product(subject, name, rows, inner, outer)
+        yield product_case(subject, name, rows, inner, outer)
 
 
 def time_head(subject: Subject, rows: int) -> Iterator[Case]:
-    yield _product(subject, "head", rows, subject.hidden, subject.decoder.vocab_size)
+    yield product_case(subject, "head", rows, subject.hidden, subject.decoder.vocab_size)
 
 
 def time_few(subject: Subject, rows: int) -> Iterator[Case]:
-    """The four of a layer as a step of so few rows has them, if it has: with the norm before them, or the sum or gate after them."""
+    """Those of a layer as a step of so few rows has them, if it has: with the norm before them, or the sum or gate after them."""
     if subject.device.type != "cuda" or subject.dtype == torch.float32:
         return
     from penstock.engine.kernels.few_rows import is_few, multiply_few  # Triton comes with CUDA builds of torch only
@@ -45,7 +41,7 @@ def time_few(subject: Subject, rows: int) -> Iterator[Case]:
     norm, activation = Norm(subject.draw(subject.hidden), subject.decoder.epsilon), subject.decoder.activation
     for name, (inner, outer) in sizes.items():
         x, out = subject.draw(rows, inner), subject.draw(rows, outer)
-        weights = _weights(subject, inner, outer)
+        weights = product_weights(subject, inner, outer)
         written = out.numel()
         if name in ("out", "down"):
             more, calls = written, [partial(multiply_few, x, weight, None, add=out) for weight in weights]
@@ -57,12 +53,12 @@ def time_few(subject: Subject, rows: int) -> Iterator[Case]:
         yield Case(f"{name}, few rows", f"{inner} to {outer}", rows, moved, 2 * rows * inner * outer, calls)
 
 
-def _product(subject: Subject, name: str, rows: int, inner: int, outer: int) -> Case:
+def product_case(subject: Subject, name: str, rows: int, inner: int, outer: int) -> Case:
     x = subject.draw(rows, inner)
     moved = inner * outer + rows * (inner + outer)
-    calls = [partial(Linear(weight, None), x) for weight in _weights(subject, inner, outer)]
+    calls = [partial(Linear(weight, None), x) for weight in product_weights(subject, inner, outer)]
     return Case(name, f"{inner} to {outer}", rows, moved * subject.dtype.itemsize, 2 * rows * inner * outer, calls)
 
 
-def _weights(subject: Subject, inner: int, outer: int) -> list[Tensor]:
+def product_weights(subject: Subject, inner: int, outer: int) -> list[Tensor]:
     return subject.copies(lambda: subject.draw(outer, inner, scale=inner**-0.5), inner * outer * subject.dtype.itemsize)

@@ -138,6 +138,13 @@ class TritonAdapters:
         return step if step.cut.tiles else None
 
 
+def room_for(tokens: int, rows: int, slots: int, pages: int) -> Cut:
+    """Room for any step of so many tokens, in tiles of `rows`: each slot may have another adapter, of up to so many pages, with one tile
+    that is not full."""
+    tiles = min(tokens, tokens // rows + slots)
+    return Cut(tokens, rows, tiles, tiles * pages, pages)
+
+
 def lengths_of(cut: Cut, name: str) -> dict[str, tuple[int, int]]:
     return {f"{name}.tokens": (cut.tokens, 0), f"{name}.jobs": (3 * cut.jobs, 0), f"{name}.tiles": (4 + 4 * cut.tiles, 0)}
 

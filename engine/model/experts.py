@@ -58,17 +58,14 @@ class Experts:
         """h `[rows, hidden]` plus what the experts make of its norm."""
         return glue.mix(self, glue.join(h, None, None, norm)[1], h)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """For x `[tokens, hidden]` the weights and the numbers of the experts that are chosen, both `[tokens, chosen]`."""
-        weights, chosen = torch.softmax(self.router(x), dim=-1, dtype=torch.float32).topk(self.mixture.chosen, dim=-1)
-        if self.mixture.renormalized:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights.to(x.dtype) if self.mixture.rounded else weights, chosen
-
     def run_plain(self, x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-        """In torch's operations: x `[tokens, hidden]`, its rows sorted by expert, through one expert after the other; `gate` is between
-        the two products of each. Returns `[tokens, hidden]`: sums over a token's experts, always in order of their weights."""
-        weights, chosen = self.route(x)
+        """In torch's operations: x `[tokens, hidden]` to the same shape; `gate` is between the two products of each expert."""
+        return self.run_routed(x, self.router(x), gate)
+
+    def run_routed(self, x: Tensor, logits: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same after the router: rows of x, sorted by expert, go through one expert after the other. Sums over a token's experts are
+        always in order of their weights."""
+        weights, chosen = choose_experts(logits, self.mixture)
         tokens, count = chosen.shape
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=self.mixture.experts).tolist()
@@ -78,3 +75,11 @@ class Experts:
             if len(at):
                 outs[at] = second(gate(first(part)))
         return (outs.view(tokens, count, x.shape[1]) * weights[..., None]).sum(1).to(x.dtype)
+
+
+def choose_experts(logits: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """By a router's logits `[tokens, experts]` the weights and the numbers of the experts that are chosen, both `[tokens, chosen]`."""
+    weights, chosen = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(mixture.chosen, dim=-1)
+    if mixture.renormalized:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights.to(logits.dtype) if mixture.rounded else weights, chosen
