@@ -13,7 +13,7 @@ from torch import Tensor
 from penstock.engine.bench.case import Case, Subject
 from penstock.engine.bench.products import product_weights, products
 from penstock.engine.lora.adapters import choose_backend
-from penstock.engine.lora.base import Adapted, AdaptedRows, AdapterBackend
+from penstock.engine.lora.base import Adapted, AdaptedRows, AdapterBackend, can_join
 from penstock.engine.lora.layout import RANKS, Group, PagePool, Place, Site, layout_of
 from penstock.engine.model.linear import Linear
 from penstock.engine.staging import HostStaging
@@ -61,9 +61,11 @@ def _adapters(subject: Subject, name: str, group: Group, rows: int, slots: int, 
 
     moved = own + rows * (inner + 2 * outer)
     yield Case(f"{name} adapters", shape, rows, moved * item, flops, [partial(add, place) for place in layout.places])
-    calls = _adapted(product_weights(subject, inner, outer), layout.places, backend, x)
-    moved = inner * outer + own + rows * (inner + outer)
-    yield Case(f"{name} adapted", shape, rows, moved * item, flops + 2 * rows * inner * outer, calls)
+    weights = product_weights(subject, inner, outer)
+    moved, flops = inner * outer + own + rows * (inner + outer), flops + 2 * rows * inner * outer
+    yield Case(f"{name} adapted", shape, rows, moved * item, flops, _adapted(weights, layout.places, backend, x))
+    if few := _few(subject, weights, layout.places, backend, x):
+        yield Case(f"{name} adapted, few rows", shape, rows, moved * item, flops, few)
 
 
 def _adapted(weights: Sequence[Tensor], places: Sequence[Place], backend: AdapterBackend, x: Tensor) -> list[Callable[[], Tensor]]:
@@ -74,6 +76,26 @@ def _adapted(weights: Sequence[Tensor], places: Sequence[Place], backend: Adapte
         product.adapted = Adapted(place, backend)
         calls.append(partial(product, x))
     return calls
+
+
+def _few(
+    subject: Subject, weights: Sequence[Tensor], places: Sequence[Place], backend: AdapterBackend, x: Tensor
+) -> list[Callable[[], Tensor]]:
+    """The same as steps of few rows do it, where the product begins what adapters add; none if x has too many, or there is no such way."""
+    if not can_join(backend) or subject.device.type != "cuda" or subject.dtype != torch.bfloat16:
+        return []
+    from penstock.engine.kernels.few_rows import is_few, multiply_few  # Triton comes with CUDA builds of torch only
+
+    if not is_few(len(x), max(inner for inner, _ in products(subject).values())):
+        return []
+    triton = backend
+
+    def multiply(weight: Tensor, place: Place) -> Tensor:
+        y = multiply_few(x, weight, None, shrink=triton.fused(place, x))
+        triton.finish(place, y)
+        return y
+
+    return [partial(multiply, weight, place) for weight, place in zip(weights, cycle(places), strict=False)]
 
 
 def begin(subject: Subject, pool: PagePool, rows: int, slots: int) -> AdapterBackend:

@@ -54,7 +54,7 @@ class Experts:
         """Those that every row goes through, but for the router's, which is by itself with few rows too."""
         return ()
 
-    def run_few(self, h: Tensor, norm: Norm | None, glue: FusedGlue) -> Tensor:
+    def run_fused(self, h: Tensor, norm: Norm | None, glue: FusedGlue) -> Tensor:
         """h `[rows, hidden]` plus what the experts make of its norm."""
         return glue.mix(self, glue.join(h, None, None, norm)[1], h)
 

@@ -29,6 +29,6 @@ class Mlp:
         """Those that every row goes through."""
         return self.gate_up, self.down
 
-    def run_few(self, h: Tensor, norm: Norm | None, glue: FusedGlue) -> Tensor:
+    def run_fused(self, h: Tensor, norm: Norm | None, glue: FusedGlue) -> Tensor:
         """h `[rows, hidden]` plus the feed-forward of its norm."""
-        return glue.few(self.down, glue.few(self.gate_up, h, norm=norm, gated=True), add=h)
+        return glue.product(self.down, glue.product(self.gate_up, h, norm=norm, gated=True), add=h)

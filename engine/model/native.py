@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import AttentionBackend, KVPool, LayerAttention, LayerShape, can_fuse
-from penstock.engine.lora.base import AdapterBackend, adapt, can_join
+from penstock.engine.lora.base import AdapterBackend, adapt
 from penstock.engine.lora.layout import PageLayout, Site
 from penstock.engine.model.decoder import Decoder
 from penstock.engine.model.experts import Experts, Mixture
@@ -74,18 +74,18 @@ class Layer:
         """Those that every row goes through."""
         return (self.qkv, self.out, *self.mlp.products)
 
-    def suits_few(self, glue: FusedGlue) -> bool:
-        """Whether `run_few` can do it: nothing stands between a product and the sum, and weights are as they were."""
+    def fuses(self, glue: FusedGlue) -> bool:
+        """Whether `run_fused` can do it: nothing stands between a product and the sum, and weights are as they were."""
         plain = self.after_attention is None and self.after_mlp is None
         return plain and all(isinstance(one.method, Dense) and glue.suits_few(one.weight) for one in self.products)
 
-    def run_few(self, h: Tensor, glue: FusedGlue) -> Tensor:
-        """The same for a few rows, in products that take the norm before them and the sum or gate after them along. Returns both summed."""
+    def run_fused(self, h: Tensor, glue: FusedGlue) -> Tensor:
+        """The same in products that take the norm before them and the sum or gate after them along. Returns both summed."""
         paged = self.paged
         if paged is None:
             raise RuntimeError("the model is not attached to a KV pool")
-        y = glue.attend(paged, glue.few(self.qkv, h, norm=self.before_attention), self.norm_heads, self.rotary)
-        return self.mlp.run_few(glue.few(self.out, y, add=h), self.before_mlp, glue)
+        y = glue.attend(paged, glue.product(self.qkv, h, norm=self.before_attention), self.norm_heads, self.rotary)
+        return self.mlp.run_fused(glue.product(self.out, y, add=h), self.before_mlp, glue)
 
 
 class NativeModel:
@@ -120,7 +120,7 @@ class NativeModel:
         # As transformers does it, the scale is rounded to the model's dtype before it multiplies.
         scale = decoder.embedding_scale
         self.scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=self.device)
-        self.suits_few = False
+        self.fuses = False
         self.products = tuple(product for block in self.blocks for product in block.products)
         self.widest = max(product.in_features for product in self.products)
         self.adapters: AdapterBackend | None = None
@@ -138,7 +138,7 @@ class NativeModel:
         for block, shape, (keys, values) in zip(self.blocks, self.layers, pool.layers, strict=True):
             block.paged = LayerAttention(shape, keys, values, backend)
         glue = self.glue
-        self.suits_few = isinstance(glue, FusedGlue) and all(block.suits_few(glue) for block in self.blocks)
+        self.fuses = isinstance(glue, FusedGlue) and all(block.fuses(glue) for block in self.blocks)
 
     def adapt(self, layout: PageLayout, backend: AdapterBackend) -> None:
         adapt(self.products, layout, backend)
@@ -158,11 +158,10 @@ class NativeModel:
         h = self.embedding.index_select(0, ids)
         if self.scale is not None:
             h = h * self.scale
-        glue, last, adapters = self.glue, self.blocks[-1], self.adapters
+        glue, last = self.glue, self.blocks[-1]
         glue.begin(positions)
-        joined = adapters is None or not adapters.active or (can_join(adapters) and adapters.suits_few)
-        if isinstance(glue, FusedGlue) and self.suits_few and joined and glue.is_few(len(h), self.widest):
-            return self._forward_few(h, glue, rows, keep)
+        if isinstance(glue, FusedGlue) and self.fuses and glue.fuses(len(h), self.widest, self.adapters):
+            return self._forward_fused(h, glue, rows, keep)
         x: Tensor | None = None
         after: Norm | None = None
         for block in self.blocks:
@@ -172,9 +171,9 @@ class NativeModel:
         self.kept = y if keep else None
         return self._logits(y.index_select(0, rows) if keep and rows is not None else y)
 
-    def _forward_few(self, h: Tensor, glue: FusedGlue, rows: Tensor | None, keep: bool) -> Tensor:
+    def _forward_fused(self, h: Tensor, glue: FusedGlue, rows: Tensor | None, keep: bool) -> Tensor:
         for block in self.blocks:
-            h = block.run_few(h, glue)
+            h = block.run_fused(h, glue)
         y = self.norm(h)
         self.kept = y if keep else None
         return self._logits(y if rows is None else y.index_select(0, rows))

@@ -15,11 +15,11 @@ from penstock.engine.kernels.few_rows import Shrink, multiply_few, shrink_of
 from penstock.engine.kernels.tiles import SMALL, Tiles
 from penstock.engine.lora.layout import RANKS, PagePool, Place, Site, layout_of
 from penstock.engine.lora.triton import WHOLE, cut_tokens
-from penstock.engine.model.decoder import ACTIVATIONS
 from penstock.engine.model.norm import Norm
 
 from .emulating import emulated
 from .interpreted import DEVICE, GPU
+from .multiplying import AROUND, check_product, rms
 
 pytestmark = pytest.mark.skipif(not GPU and shutil.which("g++") is None, reason="neither a GPU nor a compiler of C++")
 SIZES = [(96, 70), (1024, 4100), (2080, 136)] if GPU else [(96, 70), (512, 36), (2080, 22)]  # of a few blocks, where they are emulated
@@ -32,33 +32,16 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(few_rows, "_kernel", emulated)
 
 
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 8, 11, 29])
 @pytest.mark.parametrize(("inner", "outer"), SIZES)
-@pytest.mark.parametrize(
-    ("norm", "add", "activation"), [(1, 0, None), (0, 1, None), (1, 0, "silu"), (2, 0, "gelu"), (2, 0, "gelu_pytorch_tanh")]
-)
+@pytest.mark.parametrize(("norm", "add", "activation"), AROUND)
 def test_a_product_of_a_few_rows_with_what_surrounds_it(
     inner: int, outer: int, rows: int, norm: int, add: int, activation: str | None, bias: bool
 ) -> None:
-    x, weight = torch.randn(rows, 2 * inner).bfloat16()[:, :inner], (torch.randn(outer, inner) / inner**0.5).bfloat16()
-    offset, stream = torch.randn(outer).bfloat16(), torch.randn(rows, outer).bfloat16()
-    scale = torch.randn(inner) if norm == 2 else torch.randn(inner).bfloat16()
-    expected = (rms(x.double(), scale.double()) if norm else x.double()) @ weight.double().t()
-    expected += offset.double() if bias else 0.0
-    expected += stream.double() if add else 0.0
-    if activation is not None:
-        half = outer // 2
-        expected = ACTIVATIONS[activation](expected[:, :half]) * expected[:, half:]
-    got = multiply_few(
-        x.to(DEVICE), weight.to(DEVICE), offset.to(DEVICE) if bias else None,
-        norm=Norm(scale.to(DEVICE), 1e-6) if norm else None, add=stream.to(DEVICE) if add else None, activation=activation,
-    )  # fmt: skip
-    torch.testing.assert_close(got.double().cpu(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    check_product(
+        multiply_few, rows, inner, outer, torch.bfloat16, TOLERANCE, bias=bias, norm=norm, add=add, activation=activation
+    )
 
 
 @pytest.mark.skipif(not GPU, reason="what suits the kernel is on a GPU")

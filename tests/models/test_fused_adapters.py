@@ -166,9 +166,9 @@ def test_a_step_of_few_rows_in_bfloat16_is_as_exact_as_one_by_the_library(name: 
     ranks = {b"one": 16, b"more": 40}
     expected = logits_of(Adapted(exact, triton=True, ranks=ranks))
     few = Adapted(model, triton=True, ranks=ranks)
-    assert model.suits_few
+    assert model.fuses
     got = logits_of(few)
-    model.suits_few = False
+    model.fuses = False
     by_library = logits_of(few)
     error, least = ((one.double() - expected.double()).square().mean().sqrt() for one in (got, by_library))
     assert not torch.equal(got, by_library)
