@@ -47,8 +47,9 @@ def _multiply(  # type: ignore[no-untyped-def]
     m = (first + within % group) * ROWS + tl.arange(0, ROWS)
     n = within // group * OUTER + tl.arange(0, OUTER)
     k = tl.arange(0, INNER)
-    # What is beyond the last row or output is the last one again, so that loads need no masks: it is not stored.
-    a_at = x + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_row + k[None, :]
+    # What is beyond the last output is the last one again, so that loads need no mask: it is not stored. Rows beyond the last are not read.
+    there = (m < rows)[:, None]
+    a_at = x + m.to(tl.int64)[:, None] * x_row + k[None, :]
     columns = weight + tl.minimum(n, outer - 1).to(tl.int64) * inner
     b_at = columns[None, :] + k[:, None]
     c_at = b_at + outer * inner
@@ -64,10 +65,10 @@ def _multiply(  # type: ignore[no-untyped-def]
     for low in range(0, inner, INNER):
         inside = k < inner - low
         if WHOLE:
-            a = tl.load(a_at)
+            a = tl.load(a_at, mask=there, other=0.0)
             b = tl.load(b_at)
         else:
-            a = tl.load(a_at, mask=inside[None, :], other=0.0)
+            a = tl.load(a_at, mask=there & inside[None, :], other=0.0)
             b = tl.load(b_at, mask=inside[:, None], other=0.0)
         if NORM:
             wide = a.to(tl.float32)
@@ -92,7 +93,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     if KIND >= 0:
         acc = activate(acc, KIND) * up
     place = m.to(tl.int64)[:, None] * outer + n[None, :]
-    there = (m < rows)[:, None] & (n < outer)[None, :]
+    there = there & (n < outer)[None, :]
     if ADD:
         acc += tl.load(add + place, mask=there, other=0.0).to(tl.float32)
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=there)
