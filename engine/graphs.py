@@ -251,11 +251,12 @@ class StepGraphs:
 
 
 class CudaRecord:
-    """Runs a step once, which compiles what must be compiled, and then records it. As one step runs at a time, all use the same memory."""
+    """Runs a step once, which compiles what must be compiled, and then records it. As one step runs at a time, all use the same memory.
+    A kernel keeps the priority of the stream that it was recorded in: those of branches beside it wait for room."""
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
