@@ -15,9 +15,10 @@
 //
 // Numbers are bfloat16: a row times the norm's weight is rounded before the norm's own factor, and has the range for it.
 //
-// What adapters add to the product begins in the same launch. The first blocks of the grid do what shrink does (shrink.py beside this): they
+// What adapters add to the product begins in the same launch. The last blocks of the grid do what shrink does (shrink.py beside this): they
 // have 16 rows of A of one job (tiles.py) in the place of 16 columns of the weight, only the rows of its tile, and the same norm. What they
-// read is little beside the weight, so they cost next to nothing, and no launch of their own.
+// read is little beside the weight, so they cost next to nothing, and no launch of their own. A graph has blocks for more jobs than there
+// are: these end at once, and are not in the way of others.
 //
 // Defined by who compiles this: WARPS, TILES (of eight rows), NORM (0: none; 1; 2: with a float32 weight), KIND (of activation; below 0: no
 // gate), BIAS, ADD, ADAPTED (then there is no gate).
@@ -52,14 +53,14 @@ __device__ inline float scale(Quad& q, const float* factors) {
 }
 
 // Adapters of a step: the columns are those of tiles.py. A of a page begins at `data + page * page_size + a`, 16 rows for each slice; `sums`
-// [jobs, slices, 16, 16]; the first `blocks` are for this, the slices of a job beside each other.
+// [jobs, slices, 16, 16], one block for each slice of a job.
 struct Shrink {
   const unsigned short* data;
   const int* used;
   const s64 *tokens, *jobs, *tiles;
   float* sums;
   u64 page_size, a;
-  int site, sites, slices, blocks;
+  int site, sites, slices;
 };
 
 // x [rows, inner], a row every x_row numbers; weight [outs, inner], with a gate [2 * outs, inner]; out and add [rows, outs].
@@ -68,14 +69,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
     const void* __restrict__ norm, const unsigned short* add, unsigned short* out, u64 x_row, int rows, int inner, int outs,
     float epsilon, const Shrink shrink) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
-  const int block = blockIdx.x, first = (ADAPTED ? block - shrink.blocks : block) * COLUMNS;
+  const int first = blockIdx.x * COLUMNS;
   const int chunks = inner / 32;
-  const bool shrinks = ADAPTED && first < 0;
+  const bool shrinks = ADAPTED && first >= outs;
+  const int unit = blockIdx.x - (outs + COLUMNS - 1) / COLUMNS;  // a slice of a job
   const s64* tokens = nullptr;  // of a job, and how many of its page's rows of A there are
   int ranks = 0;
   const unsigned short* mine[2];
   if (shrinks) {
-    const int index = block / shrink.slices, part = block % shrink.slices;
+    const int index = unit / shrink.slices, part = unit % shrink.slices;
     if (index >= shrink.tiles[1]) return;
     const s64* job = shrink.jobs + 3 * index;
     ranks = shrink.used[job[0] * shrink.sites + shrink.site + part];
@@ -171,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
     const float factor = NORM ? rsqrtf(length / inner + epsilon) : 1.0f;
     y *= factor;
     if (shrinks) {
-      shrink.sums[((u64)block * 16 + row) * 16 + column] = column < ranks ? y : 0.0f;
+      shrink.sums[((u64)unit * 16 + row) * 16 + column] = column < ranks ? y : 0.0f;
       continue;
     }
     if (BIAS) y += number(bias + o);

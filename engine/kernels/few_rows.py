@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from ctypes import c_float, c_int, c_uint64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,12 +27,11 @@ class Shrink(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("data", "used", "tokens", "jobs", "tiles", "sums")), ("page_size", c_uint64), ("a", c_uint64),
-        *((name, c_int) for name in ("site", "sites", "slices", "blocks")),
+        *((name, c_int) for name in ("site", "sites", "slices")),
     )  # fmt: skip
 
 
 KINDS = (*[c_void_p] * 6, c_uint64, c_int, c_int, c_int, c_float, Shrink.from_buffer_copy)
-NOTHING = Shrink()
 WARPS = 8  # of a block
 CHUNK = 32  # of the inner dimension, which must be a multiple of it
 # With more rows than this, what is read of them is no longer little beside the weight, and the library is faster: at once where the inner
@@ -61,18 +61,29 @@ def is_few(rows: int, widest: int) -> bool:
     return rows <= FEW or (rows <= MORE and widest <= NARROW)
 
 
-def shrink_of(pool: PagePool, place: Place, step: Tiles) -> Shrink:
-    """What `engine.kernels.shrink` does to one product, in one split, as a part of the product; for tiles of `SMALL` tokens."""
-    return Shrink(
-        pool.data.data_ptr(), pool.used.data_ptr(), step.tokens.data_ptr(), step.jobs.data_ptr(), step.tiles.data_ptr(),
-        step.sums.data_ptr(), pool.data.stride(0), place.a, place.site, pool.used.stride(0), len(place.group),
-        step.cut.jobs * len(place.group),
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True, eq=False)
+class Begun:
+    """What adapters add to one product, to be begun with it: what `engine.kernels.shrink` does, in one split, for tiles of `SMALL`
+    tokens."""
+
+    pool: PagePool
+    place: Place
+    step: Tiles
+
+    @property
+    def blocks(self) -> int:
+        return self.step.cut.jobs * len(self.place.group)
+
+    def to_c(self) -> Shrink:
+        pool, place, step = self.pool, self.place, self.step
+        columns = (pool.data, pool.used, step.tokens, step.jobs, step.tiles, step.sums)
+        strides = (pool.data.stride(0), place.a, place.site, pool.used.stride(0))
+        return Shrink(*(column.data_ptr() for column in columns), *strides, len(place.group))
 
 
 def multiply_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, add: Tensor | None = None, activation: str | None = None,
-    shrink: Shrink | None = None,
+    shrink: Begun | None = None,
 ) -> Tensor:  # fmt: skip
     """`norm(x) @ weight.T + bias`, then one of these: plus `add`; or the activation of its first half times the other; and what `shrink`
     says of `norm(x)`, with no activation then.
@@ -89,12 +100,11 @@ def multiply_few(
         0 if norm is None else 1 if norm.weight.dtype == x.dtype else 2, -1 if activation is None else ACTIVATIONS.index(activation),
         bias is not None, add is not None, shrink is not None,
     )  # fmt: skip
-    shrink = shrink or NOTHING
     kernel.launch(
-        shrink.blocks + -(-weight.shape[0] // 16), 32 * warps,
+        -(-weight.shape[0] // 16) + (0 if shrink is None else shrink.blocks), 32 * warps,
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), None if norm is None else norm.weight.data_ptr(),
         None if add is None else add.data_ptr(), out.data_ptr(), x.stride(0), rows, inner, outer, 0.0 if norm is None else norm.epsilon,
-        shrink,
+        Shrink() if shrink is None else shrink.to_c(),
     )  # fmt: skip
     return out
 

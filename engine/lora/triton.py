@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penstock.engine.attention.base import Columns, Int32
 from penstock.engine.kernels.expand import expand_rows
-from penstock.engine.kernels.few_rows import Shrink, shrink_of
+from penstock.engine.kernels.few_rows import Begun
 from penstock.engine.kernels.shrink import shrink_rows, split_for
 from penstock.engine.kernels.tiles import LARGE, MOST_SLICES, SMALL, Cut, Tiles
 from penstock.engine.lora.base import AdaptedRows, Pages
@@ -47,7 +47,7 @@ class TritonAdapters:
         self.step: Tiles | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._beside: torch.cuda.Stream | None = None  # in which shrink runs in this step
-        self._splits: int | None = None  # of what shrink has begun beside the product
+        self._splits: int | None = None  # of what shrink has begun beside the product, 0: it is about to
         self._narrowed: Tiles | None = None
 
     def prepare(self, rows: AdaptedRows) -> Columns:
@@ -89,7 +89,8 @@ class TritonAdapters:
         return cut.jobs * cut.rows * RANKS * max(parts, default=0)
 
     def end(self) -> None:
-        self.active, self.step, self._narrowed, self._beside, self._splits = False, None, None, None, None
+        self._join()  # if a product failed: a graph whose branches do not meet is not even ended
+        self.active, self.step, self._narrowed, self._beside = False, None, None, None
 
     def narrow(self) -> None:
         self.step = self._narrowed
@@ -97,6 +98,7 @@ class TritonAdapters:
     def ahead(self, place: Place, x: Tensor) -> None:
         step = self._step_of(place, x)
         if step is not None and self._beside is not None:
+            self._splits = 0
             self._beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._beside):
                 self._splits = self._shrink(place, x, step, early=False)
@@ -105,22 +107,27 @@ class TritonAdapters:
         step = self._step_of(place, x)
         if step is None:
             return
-        splits, self._splits = self._splits, None
-        if splits is not None and self._beside is not None:
-            torch.cuda.current_stream().wait_stream(self._beside)
+        if (splits := self._join()) is not None:
             expand_rows(y, self.pool, place, step, splits, self.processors, early=False)
         else:
             expand_rows(y, self.pool, place, step, self._shrink(place, x, step), self.processors)
+
+    def _join(self) -> int | None:
+        """Wait for what runs beside the product, if something does. Returns its splits."""
+        splits, self._splits = self._splits, None
+        if splits is not None and self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
+        return splits
 
     @property
     def suits_few(self) -> bool:
         """Whether the step's products can begin what this adds: their kernel knows tiles of one size."""
         return self.step is not None and self.step.cut.rows == SMALL
 
-    def fused(self, place: Place, x: Tensor) -> Shrink | None:
+    def fused(self, place: Place, x: Tensor) -> Begun | None:
         """What the product of x `[tokens, in]` is to begin by the way; None: there is nothing to add."""
         step = self._step_of(place, x)
-        return None if step is None else shrink_of(self.pool, place, step)
+        return None if step is None else Begun(self.pool, place, step)
 
     def finish(self, place: Place, y: Tensor) -> None:
         """Add to y `[tokens, sum(outs)]` what its product has begun."""

@@ -24,17 +24,18 @@ def check_product(
     add: int, activation: str | None,
 ) -> None:  # fmt: skip
     """`norm`: 0 none, 1 with a weight of `dtype`, 2 of float32. The rows of x lie apart."""
-    x, weight = torch.randn(rows, 2 * inner).to(dtype)[:, :inner], (torch.randn(outer, inner) / inner**0.5).to(dtype)
+    x, weight = torch.randn(rows, 2 * inner).to(dtype).to(DEVICE)[:, :inner], (torch.randn(outer, inner) / inner**0.5).to(dtype)
     offset, stream = torch.randn(outer).to(dtype), torch.randn(rows, outer).to(dtype)
     scale = torch.randn(inner) if norm == 2 else torch.randn(inner).to(dtype)
-    expected = (rms(x.double(), scale.double()) if norm else x.double()) @ weight.double().t()
+    exact = x.double().cpu()
+    expected = (rms(exact, scale.double()) if norm else exact) @ weight.double().t()
     expected += offset.double() if bias else 0.0
     expected += stream.double() if add else 0.0
     if activation is not None:
         half = outer // 2
         expected = ACTIVATIONS[activation](expected[:, :half]) * expected[:, half:]
     got = multiply(
-        x.to(DEVICE), weight.to(DEVICE), offset.to(DEVICE) if bias else None,
+        x, weight.to(DEVICE), offset.to(DEVICE) if bias else None,
         norm=Norm(scale.to(DEVICE), 1e-6) if norm else None, add=stream.to(DEVICE) if add else None, activation=activation,
     )  # fmt: skip
     torch.testing.assert_close(got.double().cpu(), expected, atol=tolerance, rtol=tolerance)

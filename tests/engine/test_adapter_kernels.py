@@ -86,18 +86,18 @@ class Adapters:
 
     def check(self, backend: TritonAdapters, place: Place, of_tokens: Sequence[str]) -> None:
         """What is added to a product of random tokens is exact, and what no adapter changes stays as it is, bit for bit."""
-        x = torch.randn(len(of_tokens), place.in_features + 8).to(self.dtype)[:, : place.in_features]
+        x = torch.randn(len(of_tokens), place.in_features + 8).to(self.dtype).to(DEVICE)[:, : place.in_features]
         y = torch.randn(len(of_tokens), sum(place.outs)).to(self.dtype)
         got = y.clone().to(DEVICE)
-        backend.add(place, x.to(DEVICE), got)
-        expected, left = y.double(), torch.ones(y.shape, dtype=torch.bool)
+        backend.add(place, x, got)
+        exact, expected, left = x.double().cpu(), y.double(), torch.ones(y.shape, dtype=torch.bool)
         for token, name in enumerate(of_tokens):
             end = 0
             for site in place.group:
                 begin, end = end, end + site.out_features
                 if name and site.name in self.weights[name]:
                     a, b = self.weights[name][site.name]
-                    expected[token, begin:end] += (x[token].double() @ a.double().t()) @ b.double().t()
+                    expected[token, begin:end] += (exact[token] @ a.double().t()) @ b.double().t()
                     left[token, begin:end] = False
         assert torch.equal(got.cpu()[left], y[left])
         torch.testing.assert_close(got.double().cpu(), expected, atol=2 * TOLERANCE[self.dtype], rtol=2 * TOLERANCE[self.dtype])

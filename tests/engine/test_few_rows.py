@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.kernels import few_rows
-from penstock.engine.kernels.few_rows import Shrink, multiply_few, shrink_of
+from penstock.engine.kernels.few_rows import Begun, multiply_few
 from penstock.engine.kernels.tiles import SMALL, Tiles
 from penstock.engine.lora.layout import RANKS, PagePool, Place, Site, layout_of
 from penstock.engine.lora.triton import WHOLE, cut_tokens
@@ -72,14 +72,11 @@ class Adapters:
         self.jobs = columns[f"{WHOLE}.jobs"].reshape(-1, 3).tolist()
         self.tokens = columns[f"{WHOLE}.tokens"].tolist()
         sent = [torch.from_numpy(columns[f"{WHOLE}.{name}"].astype(np.int64)) for name in ("tokens", "jobs", "tiles")]
-        sent = [torch.nn.functional.pad(column, (0, 3 * more)).to(DEVICE) for column in sent]
+        # Beyond what there is, columns of a graph have what they had before.
+        sent = [torch.cat((column, column[-3 * more :] if more else column[:0])).to(DEVICE) for column in sent]
         cut = type(cut)(cut.tokens, cut.rows, cut.tiles + more, cut.jobs + more, cut.pages)
         sums = torch.full((cut.jobs, len(place.group), SMALL, RANKS), float("nan"), device=DEVICE)
         self.step = Tiles(*sent, sums, cut)
-
-    @property
-    def shrink(self) -> Shrink:
-        return shrink_of(self.pool, self.place, self.step)
 
     def check(self, x: Tensor) -> None:
         """The sums are those of x `[tokens, in]`, float64; and nothing is written where there is no job, token or rank."""
@@ -113,9 +110,10 @@ def test_what_adapters_add_begins_with_the_product(
     pool.data.fill_(float("nan"))
     pool.used.fill_(RANKS)
     adapters, rows = Adapters(layout.places[1], ranks, of_tokens, pool, more), len(of_tokens)
-    x, weight = torch.randn(rows, inner + 32).bfloat16()[:, :inner], (torch.randn(56, inner) / inner**0.5).bfloat16()
+    x, weight = torch.randn(rows, inner + 32).bfloat16().to(DEVICE)[:, :inner], (torch.randn(56, inner) / inner**0.5).bfloat16()
     scale, stream = torch.randn(inner) if norm == 2 else torch.randn(inner).bfloat16(), torch.randn(rows, 56).bfloat16()
     around = {"norm": Norm(scale.to(DEVICE), 1e-6) if norm else None, "add": stream.to(DEVICE) if add else None}
-    got = multiply_few(x.to(DEVICE), weight.to(DEVICE), None, **around, shrink=adapters.shrink)  # type: ignore[arg-type]
-    assert torch.equal(got, multiply_few(x.to(DEVICE), weight.to(DEVICE), None, **around))  # type: ignore[arg-type]
-    adapters.check(rms(x.double(), scale.double()) if norm else x.double())
+    got = multiply_few(x, weight.to(DEVICE), None, **around, shrink=Begun(pool, layout.places[1], adapters.step))  # type: ignore[arg-type]
+    assert torch.equal(got, multiply_few(x, weight.to(DEVICE), None, **around))  # type: ignore[arg-type]
+    exact = x.double().cpu()
+    adapters.check(rms(exact, scale.double()) if norm else exact)

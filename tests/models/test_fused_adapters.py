@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.engine.attention.base import StepRows
-from penstock.engine.lora.layout import PagePool, Place
 from penstock.engine.lora.residency import Load
 from penstock.engine.model.decoder import ACTIVATIONS
 from penstock.engine.model.native import NativeModel
@@ -129,14 +128,12 @@ def test_graphs_for_adapters_are_captured_while_idle_once_there_were_some() -> N
 def test_steps_of_few_rows_begin_what_adapters_add_with_their_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from penstock.engine.kernels import few_rows
     from penstock.engine.kernels.shrink import shrink_rows
-    from penstock.engine.kernels.tiles import Tiles
-    from penstock.engine.lora import triton
 
     begun = 0
 
     def multiply(
         x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, add: Tensor | None = None,
-        activation: str | None = None, shrink: tuple[PagePool, Place, Tiles] | None = None,
+        activation: str | None = None, shrink: few_rows.Begun | None = None,
     ) -> Tensor:  # fmt: skip
         nonlocal begun
         x = x if norm is None else norm(x)
@@ -144,7 +141,7 @@ def test_steps_of_few_rows_begin_what_adapters_add_with_their_products(name: str
         if shrink is not None:
             begun += 1
             assert activation is None
-            assert shrink_rows(x, *shrink, processors=4) == 1
+            assert shrink_rows(x, shrink.pool, shrink.place, shrink.step, processors=4) == 1
         if activation is not None:
             y = ACTIVATIONS[activation](y[:, : y.shape[1] // 2]) * y[:, y.shape[1] // 2 :]
         return y if add is None else y + add
@@ -153,7 +150,6 @@ def test_steps_of_few_rows_begin_what_adapters_add_with_their_products(name: str
     monkeypatch.setattr("penstock.engine.model.linear.can_pack", lambda weight: False)
     monkeypatch.setattr(few_rows, "multiply_few", multiply)
     monkeypatch.setattr(few_rows, "suits_few", lambda weight: True)
-    monkeypatch.setattr(triton, "shrink_of", lambda *given: given)
     assert Adapted(build(make(name)), triton=True, ranks=RANKS).run() == expected
     assert begun > 0
 
