@@ -31,11 +31,15 @@ class Adapters:
         self.wanted = False
         model.adapt(self.layout, self.backend)
 
-    def write(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:
-        """Put an adapter (`PageLayout.lay_out`) into pages that no slot has. Raises `ValueError` if it is not one of this model."""
+    def check(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:
+        """Raise `ValueError` if what is to be put into so many pages is not an adapter of this model."""
         expected = (len(pages), self.layout.elements), (len(pages), len(self.layout.sites))
         if (data.shape, used.shape) != expected or data.dtype != self.pool.data.dtype:
             raise ValueError(f"an adapter of {tuple(data.shape)} {data.dtype}, {tuple(used.shape)}: expected {expected}")
+
+    def write(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:
+        """Put an adapter (`PageLayout.lay_out`) into pages that no slot has. Raises `ValueError` if it is not one of this model."""
+        self.check(pages, data, used)
         self.pool.write(pages, data, used)
 
     def facts(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class AdapterLoader:
             try:
                 self._carry_out(order)
                 error = None
-            except (AdapterError, RuntimeError, ValueError) as failure:
+            except Exception as failure:  # noqa: BLE001  whatever it was, somebody waits to hear of it
                 error = f"{type(failure).__name__}: {failure}"
                 if isinstance(failure, AdapterError | ValueError):  # a file that is broken would be found again and again
                     Path(order.path).unlink(missing_ok=True)
@@ -62,16 +62,18 @@ class AdapterLoader:
     @torch.inference_mode()
     def _carry_out(self, order: Order) -> None:
         data, used = read_pages(Path(order.path))
+        self._adapters.check(order.pages, data, used)
+        pool = self._adapters.pool
         if self._stream is None:
-            self._adapters.write(order.pages, data, used)
+            pool.write(order.pages, data, used)
             return
+        if self._staged is None:
+            self._staged = torch.empty(pool.layout.elements, dtype=pool.data.dtype, pin_memory=True)
         with torch.cuda.stream(self._stream):
             if order.after is not None:
                 self._stream.wait_event(order.after)
             # Page by page through pinned memory: from anywhere else the driver would copy at half the speed, and hold up others.
             for at, page in enumerate(order.pages):
-                if self._staged is None:
-                    self._staged = torch.empty(data.shape[1:], dtype=data.dtype, pin_memory=True)
                 self._staged.copy_(data[at])
-                self._adapters.write([page], self._staged[None], used[at : at + 1])
+                pool.write([page], self._staged[None], used[at : at + 1])
                 self._stream.synchronize()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from penstock.engine.lora.base import AdaptedRows
 from penstock.engine.memory import Workload, count_blocks
 from penstock.engine.mock import MockRunner
 from penstock.engine.model.adopt import AdoptedModel
@@ -179,6 +180,21 @@ def test_warming_up_and_the_worst_case_leave_nothing_behind(model: AdoptedModel)
     run_worst_case(runner, 100)
     config = SchedulerConfig(slots=8, blocks=64, token_budget=64, max_model_len=256)
     assert run(runner, config, [[request(0, PROMPTS[1], 20)]])[0].ids == expected
+
+
+def test_the_worst_case_has_an_adapter_for_each_slot_and_leaves_none_behind(model: AdoptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(model, RunnerConfig(slots=8, blocks=64, block_size=16, columns=16, adapter_pages=9))
+    assert runner.adapters is not None
+    prepared: list[AdaptedRows] = []
+    prepare = runner.adapters.backend.prepare
+    monkeypatch.setattr(runner.adapters.backend, "prepare", lambda rows: prepared.append(rows) or prepare(rows))
+    run_worst_case(runner, 100)
+    (rows,) = prepared
+    assert len(set(rows.pages)) == 8
+    assert {len(pages) for pages in rows.pages} == {4}
+    run_worst_case(make_runner(model), 100)
+    assert len(prepared) == 1
+    model.detach()
 
 
 def test_blocks_fill_the_memory_that_is_given(model: AdoptedModel) -> None:

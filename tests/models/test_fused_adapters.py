@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penstock.engine.attention.base import StepRows
+from penstock.engine.attention.base import StepRows, can_fuse
 from penstock.engine.lora.residency import Load
 from penstock.engine.model.decoder import ACTIVATIONS
 from penstock.engine.model.native import NativeModel
@@ -23,6 +25,10 @@ from ..engine.interpreted import DEVICE, GPU, apart, assert_passes, here  # noqa
 from .test_fused import build, sized
 from .test_native import make
 
+if TYPE_CHECKING:
+    from penstock.engine.graphs import StepGraphs
+    from penstock.engine.lora.triton import TritonAdapters
+
 CONFIG = SchedulerConfig(slots=3, blocks=12, token_budget=16, max_model_len=48, adapter_pages=12)
 RANKS = {b"low": 4, b"one": 16, b"more": 40}
 
@@ -30,6 +36,13 @@ RANKS = {b"low": 4, b"one": 16, b"more": 40}
 @apart
 def test_all_of_this_file_passes_under_the_interpreter() -> None:
     assert_passes(__file__)
+
+
+def recorded(runner: Runner, backend: TritonAdapters) -> StepGraphs:
+    from penstock.engine.graphs import StepGraphs
+
+    assert can_fuse(runner.attention)
+    return StepGraphs(runner.model, runner.attention, runner.last, most=16, in_flight=3, adapters=backend)
 
 
 class Adapted:
@@ -49,7 +62,7 @@ class Adapted:
         adapters.backend = TritonAdapters(adapters.pool) if triton else SegmentAdapters(adapters.pool)
         model.adapt(adapters.layout, adapters.backend)
         if triton:
-            runner.graphs = sized(runner, adapters.backend, most=16)
+            runner.graphs = recorded(runner, adapters.backend) if GPU else sized(runner, adapters.backend, most=16)
         self.known: dict[bytes, Adapter] = {}
         self.content: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
         draw = torch.Generator().manual_seed(3)
@@ -169,6 +182,22 @@ def test_a_step_of_few_rows_in_bfloat16_is_as_exact_as_one_by_the_library(name: 
     error, least = ((one.double() - expected.double()).square().mean().sqrt() for one in (got, by_library))
     assert not torch.equal(got, by_library)
     assert error < 1.3 * least + 1e-3
+
+
+@here
+@pytest.mark.skipif(not GPU, reason="CUDA C++")
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_graphs_of_few_rows_in_bfloat16_give_the_tokens_of_steps_without(name: str) -> None:
+    got = []
+    for graphs in (True, False):
+        model = build(make(name, torch.bfloat16).cuda())
+        adapted = Adapted(model, triton=True, ranks=RANKS)
+        assert model.fuses
+        if not graphs:
+            adapted.runner.graphs = None
+        got.append(adapted.run())
+        assert (adapted.runner.graphs is not None) == graphs, "a step could not be recorded"
+    assert got[0] == got[1]
 
 
 def logits_of(adapted: Adapted) -> Tensor:

@@ -1,0 +1,83 @@
+"""The thread that brings adapters to their pages, and files that are not what they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch
+
+from penstock.engine.lora.adapters import Adapters
+from penstock.engine.lora.layout import PageLayout, PagePool, Site
+from penstock.engine.lora.loader import AdapterLoader
+from penstock.engine.lora.store import write_pages
+
+LAYOUT = PageLayout([(Site("q", 32, 48), Site("k", 32, 16)), (Site("o", 48, 32),)])
+OTHER = PageLayout([(Site("q", 32, 64),)])
+PAGES = 4
+
+
+class Fake(Adapters):
+    """Pages without a model."""
+
+    def __init__(self) -> None:
+        self.layout, self.pool = LAYOUT, PagePool(LAYOUT, PAGES, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def loader() -> Iterator[AdapterLoader]:
+    loader = AdapterLoader(Fake())
+    yield loader
+    loader.close()
+
+
+def load(loader: AdapterLoader, path: Path, *pages: int) -> str | None:
+    told: SimpleQueue[str | None] = SimpleQueue()
+    loader.load(str(path), pages, told.put)
+    return told.get(timeout=10)
+
+
+def write(path: Path, layout: PageLayout, rank: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = {site.name: (torch.randn(rank, site.in_features), torch.randn(site.out_features, rank)) for site in layout.sites}
+    data, used = layout.lay_out(weights, dtype)
+    write_pages(path, data, used, rank)
+    return data, used
+
+
+def test_an_adapter_comes_to_its_pages(loader: AdapterLoader, tmp_path: Path) -> None:
+    data, used = write(tmp_path / "good", LAYOUT, 20)
+    assert load(loader, tmp_path / "good", 3, 1) is None
+    pool = loader._adapters.pool
+    assert torch.equal(pool.data[[3, 1]], data)
+    assert torch.equal(pool.used[[3, 1]], used)
+    assert not pool.used[[0, 2]].any()
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "dtype"), [(LAYOUT, 16, torch.float32), (OTHER, 20, torch.float32), (LAYOUT, 20, torch.float16)],
+    ids=["fewer pages", "another model", "another dtype"],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_removed_and_the_next_one_is_loaded(
+    loader: AdapterLoader, tmp_path: Path, layout: PageLayout, rank: int, dtype: torch.dtype
+) -> None:
+    write(tmp_path / "bad", layout, rank, dtype)
+    data, _ = write(tmp_path / "good", LAYOUT, 20)
+    error = load(loader, tmp_path / "bad", 0, 1)
+    assert error is not None
+    assert "expected" in error
+    assert not (tmp_path / "bad").exists()
+    assert load(loader, tmp_path / "good", 0, 1) is None
+    assert torch.equal(loader._adapters.pool.data[[0, 1]], data)
+
+
+def test_whoever_waits_hears_of_what_nobody_thought_of(loader: AdapterLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "good", LAYOUT, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(PagePool, "write", lambda *_: 1 / 0)
+        error = load(loader, tmp_path / "good", 0, 1)
+    assert error is not None
+    assert "ZeroDivisionError" in error
+    assert load(loader, tmp_path / "good", 0, 1) is None, "it is no fault of the file's"
+    assert load(loader, tmp_path / "not there", 2, 3) is not None
