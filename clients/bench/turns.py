@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import chain
+from statistics import median_low
 from typing import Any
 
 from penstock.clients.aio import AsyncClient
@@ -36,8 +38,9 @@ async def oversubscribed(
         run, by_adapter = await _run(client, work, rounds)
         loads = loads_between(before, await settled(client))
         facts = client.model
-    half = min(trace.sent for trace in run.traces) + run.seconds / 2
-    served = [sum(when <= half for trace in traces for when in trace.times()) for traces in by_adapter]
+    times = [[when for trace in traces for when in trace.times()] for traces in by_adapter]
+    half = median_low(chain.from_iterable(times))
+    served = [sum(when <= half for when in mine) for mine in times]
     firsts = [trace.first for trace in run.traces]
     figures = {
         "workload": f"oversubscribed, {demand.prompt} ids in, {demand.output} tokens out", "model": model, "ranks": list(demand.ranks),
@@ -49,11 +52,9 @@ async def oversubscribed(
 
 
 def shares(served: list[int]) -> dict[str, float]:
-    """How evenly tokens were spread at half of the run's time: Jain's fairness index (1: all alike, 1/n: one got everything; Jain, Chiu
+    """How evenly tokens were spread when half of all were there: Jain's fairness index (1: all alike, 1/n: one got everything; Jain, Chiu
     and Hawe, 1984), and the least and the most that one got, as a multiple of the mean."""
     mean = sum(served) / len(served)
-    if not mean:
-        return {"jain_index": 0.0, "share_min": 0.0, "share_max": 0.0}
     index = sum(served) ** 2 / (len(served) * sum(tokens**2 for tokens in served))
     return {"jain_index": index, "share_min": min(served) / mean, "share_max": max(served) / mean}
 
