@@ -61,9 +61,9 @@ def check_encode(message: Encode) -> None:
 
 def assert_nothing_is_left(engine: OneThread) -> None:
     gateway, scheduler = engine.gateway, engine.scheduler.scheduler
-    assert not gateway.journal.entries
-    assert not gateway.journal.prompt_tokens
-    assert not gateway.admission.jobs
+    assert not gateway.requests.journal.entries
+    assert not gateway.requests.journal.prompt_tokens
+    assert not gateway.requests.admission.jobs
     assert not gateway.sessions.streams
     assert len(gateway.sessions) == 0
     assert not gateway.sessions.with_news()
