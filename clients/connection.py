@@ -33,12 +33,10 @@ from penstock.clients.errors import (
 from penstock.clients.inbox import Inbox
 from penstock.clients.order import encode
 from penstock.clients.pulse import Pulse
-from penstock.clients.query import Query, Question
+from penstock.clients.query import PROBE, Queries, Query, Question
 from penstock.clients.streams import Streams
 
 OUT_OF_TIME = ("deadline", "queue_timeout")  # codes that are reasons, as of requests that were accepted
-_PROBE = 0  # the number of the query that asks for a sign of life, and whether what is open here is open there
-
 
 News = list[Inbox | Query]
 
@@ -55,8 +53,7 @@ class Connection:
         self.error: PenstockError | None = None  # set: nothing works any more
         self._inboxes: dict[str, Inbox] = {}
         self._streams = Streams()
-        self._queries: dict[int, Query] = {}
-        self._next_query = _PROBE + 1
+        self._queries = Queries()
         self._acknowledged = 0
         self._lost_at = self._welcomed_at = now
         self._pulse = Pulse(now)
@@ -114,7 +111,7 @@ class Connection:
         if beat == "renew":
             self._acknowledge(now)
         elif beat == "probe":
-            self._say(wire.List(_PROBE), now)
+            self._say(wire.List(PROBE), now)
         elif beat == "dead":
             self.lost(now)
         return news
@@ -144,9 +141,7 @@ class Connection:
         """Ask, and ask again over each new link until there is an answer. `question` makes the message, given its number."""
         if self.error is not None:
             raise self.error.again()
-        query = Query(question(self._next_query), wake, now)
-        self._queries[self._next_query] = query
-        self._next_query += 1
+        query = self._queries.add(question, wake, now)
         if self.ready:
             self._say(query.message, now)
         return query
@@ -202,19 +197,14 @@ class Connection:
             return self._failed(message, now)
         elif kind is Welcome:
             return self._welcomed(message, now)
-        elif kind is wire.Listing and message.query == _PROBE:
+        elif kind is wire.Listing and message.query == PROBE:
             made = {row["request"]: row["generated_tokens"] for row in message.requests}
             begun = [inbox for inbox in self._inboxes.values() if inbox.resolved is not None]
             if any(made.get(inbox.request, float("inf")) > inbox.tokens for inbox in begun):
                 self.lost(now)  # what it said last was lost on the way: it is said again on resuming
         elif kind is wire.Listing or kind is wire.Report:
-            query = self._queries.pop(message.query, None)
-            if query is not None and kind is wire.Report and "error" in message.report:
-                query.error = from_wire(message.report["error"])
-                return [query]
-            if query is not None:
-                query.answer = message.requests if kind is wire.Listing else message.report
-                return [query]
+            query = self._queries.answered(message)
+            return [] if query is None else [query]
         elif kind is wire.Goodbye:
             self.lost(now)
         return []
@@ -253,7 +243,7 @@ class Connection:
         self._forgotten, forgotten = [], [*forgotten, *self._forgotten]
         if forgotten:
             self._say(wire.Cancel(tuple(forgotten)), now)
-        for query in self._queries.values():
+        for query in self._queries:
             self._say(query.message, now)
         return news
 
@@ -271,7 +261,7 @@ class Connection:
         if message.request is None:
             if isinstance(error, VersionMismatch):
                 return self._break(error, now)
-            orders = [query for query in self._queries.values() if isinstance(query.message, wire.Control | wire.Adapters)]
+            orders = self._queries.orders
             if error.code == "unknown_message" and orders:  # the engine is older than orders are
                 for query in orders:
                     self._fail_one(query, error, now)
@@ -321,7 +311,7 @@ class Connection:
         return self._fail_all(error, now)
 
     def _everyone(self) -> News:
-        return [*self._inboxes.values(), *self._queries.values()]
+        return [*self._inboxes.values(), *self._queries]
 
     def _fail_all(self, error: PenstockError, now: float) -> News:
         everyone = self._everyone()
@@ -335,4 +325,4 @@ class Connection:
             self._close(one)
         else:
             one.error = error.again()
-            self._queries = {number: query for number, query in self._queries.items() if query is not one}
+            self._queries.drop(one)
