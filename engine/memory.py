@@ -15,7 +15,7 @@ from penstock.engine.model.spec import ModelError
 from penstock.engine.rehearsal import run_worst_case
 from penstock.engine.runner import Runner, RunnerConfig
 
-GRAPHS = 256 * 2**20  # bytes for what the driver keeps of them
+GRAPHS = 256 * 2**20  # bytes for what the driver keeps of them; those of adapted steps come on top, with twice the kernels
 SPARE = 64 * 2**20  # bytes left free on a GPU, beside penalty counts, for what allocates later
 
 
@@ -132,5 +132,6 @@ def _cuda_bytes(model: Model, work: Workload, memory: float, attention: str, gra
     torch.cuda.empty_cache()
     limit = memory * total if memory <= 1 else memory
     # Graphs have memory of their own, and a step that is none, or none yet, takes as much besides.
-    taken = peak * 2.1 + work.slots * model.vocab_size * model.dtype.itemsize + GRAPHS if graphs else peak * 1.1
+    kept = GRAPHS * (3 if work.adapter_pages else 1)
+    taken = peak * 2.1 + work.slots * model.vocab_size * model.dtype.itemsize + kept if graphs else peak * 1.1
     return int(min(limit - (total - free), free) - taken - counts - adapters - SPARE)
