@@ -79,6 +79,7 @@ class EngineConfig:
     adapter_pages: int | None = _setting(
         None, "pages of 16 ranks for adapters on the device, 0: none; none given: 64 in a tenth of its memory, if there are any adapters"
     )
+    adapter_host: int = _setting(4 * 2**30, "bytes of page-locked memory beside a GPU for adapters that come back to it, 0: one page")
     adapter_cache: str | None = _setting(None, "folder of adapters that are ready for a device; none: one in the user's cache folder")
     adapter_disk: int = _setting(50 * 2**30, "bytes that it may take")
     adapter_timeout: float = _setting(600.0, "longest time that fetching an adapter may take")
@@ -130,10 +131,9 @@ class EngineConfig:
             raise bad("quantum", self.quantum, "an integer of 0 or more, or nothing")
         if self.memory is not None and (not isinstance(self.memory, int | float) or not self.memory > 0):
             raise bad("memory", self.memory, "a number above 0, or nothing")
-        if not isinstance(self.record_ring, int) or self.record_ring < 0:
-            raise bad("record_ring", self.record_ring, "an integer of 0 or more")
-        if not isinstance(self.profile_after, int) or self.profile_after < 0:
-            raise bad("profile_after", self.profile_after, "an integer of 0 or more")
+        for name in ("record_ring", "profile_after", "adapter_host"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise bad(name, getattr(self, name), "an integer of 0 or more")
         if self.profile is not None and (self.executor == "mock" or not self.profile.endswith((".json", ".json.gz"))):
             raise bad("profile", self.profile, "a file named .json or .json.gz, of an executor with a model")
         if self.profile is not None and self.stall_timeout < WRITING_S:

@@ -139,7 +139,7 @@ class ExecutorActor(Actor):
 
     def load(self) -> dict[str, Any]:
         """`in_flight`: a step that never ends shows, although this loop goes on. The rest is `StepTimes.figures`."""
-        return {"in_flight": self.waiting} | self.times.figures()
+        return {"in_flight": self.waiting} | self.times.figures() | self.runner.figures()
 
     def finish(self) -> None:
         self._close_profile()
@@ -202,6 +202,6 @@ def opening(config: EngineConfig) -> dict[str, Any]:
     """The settings that concern the engine proper, by the names that `engine.open` gives them."""
     names = (
         "model", "weights", "dtype", "kv_dtype", "device", "max_model_len", "memory", "block_size", "blocks", "max_running",
-        "token_budget", "lookahead", "threads", "seed", "decoder", "graphs", "deterministic", "time_steps",
+        "token_budget", "lookahead", "threads", "seed", "decoder", "graphs", "deterministic", "time_steps", "adapter_host",
     )  # fmt: skip
     return {name: getattr(config, name) for name in names} | {"adapter_pages": config.adapter_pages if serves_adapters(config) else 0}

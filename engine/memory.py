@@ -22,7 +22,8 @@ SPARE = 64 * 2**20  # bytes left free on a GPU, beside penalty counts, for what 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What the engine may be asked to run at once: `slots` streams, `token_budget` query tokens in a step, sequences of `max_model_len`
-    tokens, in KV blocks of `block_size`, whose dtype is `kv_dtype` (None: the model's), with `adapter_pages` pages of adapters."""
+    tokens, in KV blocks of `block_size`, whose dtype is `kv_dtype` (None: the model's), with `adapter_pages` pages of adapters, and
+    `adapter_host` bytes of host memory for others."""
 
     slots: int
     token_budget: int
@@ -30,6 +31,7 @@ class Workload:
     block_size: int
     kv_dtype: torch.dtype | None = None
     adapter_pages: int = 0
+    adapter_host: int = 0
 
     @property
     def columns(self) -> int:
@@ -40,6 +42,7 @@ class Workload:
         return RunnerConfig(
             slots=self.slots, blocks=blocks, block_size=self.block_size, columns=self.columns, in_flight=in_flight, attention=attention,
             kv_dtype=self.kv_dtype, graphs=self.token_budget if graphs else 0, adapter_pages=self.adapter_pages,
+            adapter_host=self.adapter_host,
         )  # fmt: skip
 
 

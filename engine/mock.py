@@ -69,6 +69,9 @@ class MockRunner:
     def load(self, path: str, pages: Sequence[int], told: Callable[[str | None], None]) -> None:
         told(f"{path}: a mock has no adapters")
 
+    def figures(self) -> dict[str, int]:
+        return {}
+
     def close(self) -> None:
         pass
 

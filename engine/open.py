@@ -60,6 +60,7 @@ def open_model(
     deterministic: bool,
     time_steps: bool,
     adapter_pages: int | None,
+    adapter_host: int,
 ) -> tuple[Runner, dict[str, Any]]:
     """Load a model, size its cache, warm it up. Raises `ModelError`.
 
@@ -91,6 +92,7 @@ def open_model(
     work = Workload(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size,
         kv_dtype=stored, adapter_pages=count_pages(built, PAGES) if adapter_pages is None else adapter_pages,
+        adapter_host=adapter_host,
     )  # fmt: skip
     count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks, graphs=graphs)
     runner = Runner(built, work.config(count, in_flight=lookahead + 1, graphs=graphs))

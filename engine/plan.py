@@ -101,5 +101,8 @@ class StepRunner(Protocol):
         """Put the adapter in a file (`engine.lora.store`) into these pages, which no later plan reads before `told` was called, on another
         thread perhaps: with None, or with what went wrong."""
 
+    def figures(self) -> dict[str, int]:
+        """What it has counted."""
+
     def close(self) -> None:
         """No more is loaded."""

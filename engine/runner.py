@@ -29,6 +29,7 @@ from penstock.engine.attention.inplace import suits as inplace_suits
 from penstock.engine.attention.storage import FP8
 from penstock.engine.kernels.cpu import load_kernels
 from penstock.engine.lora.adapters import Adapters
+from penstock.engine.lora.host import HostPages
 from penstock.engine.lora.loader import AdapterLoader
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.model.spec import ModelError
@@ -50,7 +51,8 @@ class RunnerConfig:
     """Sizes. `columns` is the width of the block table: blocks of the longest sequence. `in_flight` is the most steps that may be launched
     before the results of the first are taken. `attention` is "auto", "gather", "inplace" or "triton". `kv_dtype` is that of keys and values
     in the pool, None: the model's. `graphs`: steps of up to so many tokens are CUDA graphs, where there is CUDA; 0: none are.
-    `adapter_pages`: so many pages of `engine.lora.layout` are there for adapters; 0: there are none."""
+    `adapter_pages`: so many pages of `engine.lora.layout` are there for adapters; 0: there are none. `adapter_host`: bytes of host memory
+    beside a device for those that come back."""
 
     slots: int
     blocks: int
@@ -61,6 +63,7 @@ class RunnerConfig:
     kv_dtype: torch.dtype | None = None
     graphs: int = 8192
     adapter_pages: int = 0
+    adapter_host: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,8 +146,19 @@ class Runner:
         if self.adapters is None:
             raise RuntimeError("there are no pages for adapters")
         if self._loader is None:
-            self._loader = AdapterLoader(self.adapters)
+            self._loader = AdapterLoader(self.adapters, self._host())
         self._loader.load(path, pages, told)
+
+    def _host(self) -> HostPages | None:
+        """Where adapters wait that may come back; a CPU's pages are in host memory themselves."""
+        if self.adapters is None or self.device.type != "cuda":
+            return None
+        pool = self.adapters.pool
+        return HostPages(pool.layout.elements, pool.data.dtype, self.config.adapter_host, pinned=True)
+
+    def figures(self) -> dict[str, int]:
+        host = None if self._loader is None else self._loader.host
+        return {} if host is None else {"host_pages": len(host), "host_hits": host.hits, "host_misses": host.misses}
 
     def close(self) -> None:
         if self._loader is not None:

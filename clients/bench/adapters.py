@@ -170,4 +170,9 @@ def _row(case: Case, measured: list[Measured], base: float, pages: int) -> dict[
 
 def loads_between(before: dict[str, Any], after: dict[str, Any]) -> int:
     """Adapters that were brought to the device between two reports."""
-    return int(after["scheduler"].get("adapter_loads", 0) - before["scheduler"].get("adapter_loads", 0))
+    return counted(before, after, "scheduler", "adapter_loads")
+
+
+def counted(before: dict[str, Any], after: dict[str, Any], actor: str, name: str) -> int:
+    """By how much a count of an actor has grown between two reports; 0 where it does not count that."""
+    return int(after[actor].get(name, 0) - before[actor].get(name, 0))

@@ -13,7 +13,7 @@ from statistics import median_low
 from typing import Any
 
 from penstock.clients.aio import AsyncClient
-from penstock.clients.bench.adapters import Demand, engine_with, loads_between, rehearse
+from penstock.clients.bench.adapters import Demand, counted, engine_with, loads_between, rehearse
 from penstock.clients.bench.lora import pages_of
 from penstock.clients.bench.measure import Run, Trace, percentile, run_item
 from penstock.clients.bench.offline import settled
@@ -36,7 +36,7 @@ async def oversubscribed(
         await rehearse(client, work)
         before = await settled(client)
         run, by_adapter = await _run(client, work, rounds)
-        loads = loads_between(before, await settled(client))
+        after = await settled(client)
         facts = client.model
     times = [[when for trace in traces for when in trace.times()] for traces in by_adapter]
     half = median_low(chain.from_iterable(times))
@@ -46,7 +46,8 @@ async def oversubscribed(
         "workload": f"oversubscribed, {demand.prompt} ids in, {demand.output} tokens out", "model": model, "ranks": list(demand.ranks),
         "registered": registered, "in_use": in_use, "pool": pool, "pages": pages, "rounds": rounds, **run.figures(),
         "ttft_p90_s": percentile(firsts, 90), "ttft_max_s": max(firsts), "base_tokens_per_s": base.rate, "ratio": run.rate / base.rate,
-        "loads": loads, **shares(served), "engine": facts, "config": config,
+        "loads": loads_between(before, after), "pages_from_host_memory": counted(before, after, "executor", "host_hits"),
+        **shares(served), "engine": facts, "config": config,
     }  # fmt: skip
     return figures, {"with adapters": firsts, "without": [trace.first for trace in base.traces]}
 

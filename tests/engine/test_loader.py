@@ -9,7 +9,9 @@ from queue import SimpleQueue
 import pytest
 import torch
 
+from penstock.engine.lora import host
 from penstock.engine.lora.adapters import Adapters
+from penstock.engine.lora.host import HostPages
 from penstock.engine.lora.layout import PageLayout, PagePool, Site
 from penstock.engine.lora.loader import AdapterLoader
 from penstock.engine.lora.store import write_pages
@@ -26,9 +28,12 @@ class Fake(Adapters):
         self.layout, self.pool = LAYOUT, PagePool(LAYOUT, PAGES, torch.float32, torch.device("cpu"))
 
 
-@pytest.fixture
-def loader() -> Iterator[AdapterLoader]:
-    loader = AdapterLoader(Fake())
+@pytest.fixture(params=[None, 0, 1 << 20], ids=["direct", "one page", "host pages"])
+def loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[AdapterLoader]:
+    """By the way of a CPU, and by that of a device: without its streams, and in small pieces."""
+    monkeypatch.setattr(host, "PIECE", 4096)
+    pages = None if request.param is None else HostPages(LAYOUT.elements, torch.float32, request.param, pinned=False)
+    loader = AdapterLoader(Fake(), pages)
     yield loader
     loader.close()
 
@@ -55,6 +60,26 @@ def test_an_adapter_comes_to_its_pages(loader: AdapterLoader, tmp_path: Path) ->
     assert not pool.used[[0, 2]].any()
 
 
+def test_one_that_comes_again_and_again_comes_from_host_memory(loader: AdapterLoader, tmp_path: Path) -> None:
+    data, used = write(tmp_path / "good", LAYOUT, 20)
+    other, _ = write(tmp_path / "other", LAYOUT, 32)
+    pool = loader._adapters.pool
+    for pages in ((0, 1), (2, 3), (1, 0)):
+        pool.data.fill_(float("nan"))
+        assert load(loader, tmp_path / "good", *pages) is None
+        assert torch.equal(pool.data[list(pages)], data)
+        assert load(loader, tmp_path / "other", *pages) is None
+        assert torch.equal(pool.data[list(pages)], other)
+    (tmp_path / "good").unlink()
+    error = load(loader, tmp_path / "good", 3, 2)
+    if loader.host is None or not loader.host.most:
+        assert error is not None
+    else:
+        assert error is None
+        assert torch.equal(pool.data[[3, 2]], data)
+        assert torch.equal(pool.used[[3, 2]], used)
+
+
 @pytest.mark.parametrize(
     ("layout", "rank", "dtype"), [(LAYOUT, 16, torch.float32), (OTHER, 20, torch.float32), (LAYOUT, 20, torch.float16)],
     ids=["fewer pages", "another model", "another dtype"],
@@ -75,7 +100,7 @@ def test_a_file_of_another_kind_is_removed_and_the_next_one_is_loaded(
 def test_whoever_waits_hears_of_what_nobody_thought_of(loader: AdapterLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "good", LAYOUT, 20)
     with monkeypatch.context() as patch:
-        patch.setattr(PagePool, "write", lambda *_: 1 / 0)
+        patch.setattr(Fake, "check", lambda *_: 1 / 0)
         error = load(loader, tmp_path / "good", 0, 1)
     assert error is not None
     assert "ZeroDivisionError" in error
