@@ -27,7 +27,8 @@ from penstock.engine.model.norm import Norm
 GROUP = 8  # tiles of rows that go through the weight together, so that it is read from the cache
 WIDE = 8192  # outputs from which there are tiles enough for a whole device, however few rows there are
 PROCESSORS_ELSEWHERE = 4  # where there is no GPU
-SOME, NARROW = 128, 4096  # rows, and the longest inner dimension
+SOME, NARROW = 256, 4096  # rows, and the longest inner dimension
+ALONE = 64  # rows up to which a product with nothing but a sum around it is done here: beyond, the library reads rows fewer times
 LINE, MOST_LINES = 128, 32  # bytes of a line of the second-level cache, and how many of each row of the weight are fetched ahead
 
 
@@ -118,13 +119,14 @@ def tile_for(outer: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 128, 64, 4, 4) if outer >= WIDE else Tile(64, 64, 64, 4, 5)
 
 
-def tile_of_some(rows: int, outer: int, dtype: torch.dtype, processors: int) -> Tile:
-    """The narrowest with which all programs of a product with `outer` results are on the device at once."""
+def tile_of_some(rows: int, outer: int, dtype: torch.dtype, processors: int, *, gated: bool) -> Tile:
+    """For few rows the narrowest with which all programs of a product with `outer` results are on the device at once: what is read is the
+    weight. The more rows, the larger, since each program reads rows of its own."""
     if dtype == torch.float32:
         return tile_for(outer, dtype)
-    row_tiles = -(-rows // 64)
-    width = next((width for width in (16, 32, 64) if row_tiles * -(-outer // width) <= processors), 128)
-    return Tile(64, width, 64, 4, 5)
+    if rows > 64:
+        return Tile(128, 64 if gated or rows <= 128 else 128, 64, 8, 4)
+    return Tile(64, next((width for width in (16, 32, 64) if -(-outer // width) <= processors), 128), 64, 4, 5)
 
 
 def is_some(rows: int, widest: int) -> bool:
@@ -145,11 +147,14 @@ def multiply_some(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, add: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     """`norm(x) @ weight.T + bias`, then one of these: plus `add`; or the activation of its first half times the other. For up to `SOME`
-    rows, else as `multiply_rows`; add `[rows, out]`, contiguous. Returns `[rows, out]`, or half as wide."""
+    rows, else as `multiply_rows`; add `[rows, out]`, contiguous, may be what is returned. Returns `[rows, out]`, or half as wide."""
+    if add is not None and norm is None and bias is None and len(x) > ALONE:
+        return add.addmm_(x, weight.t())
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else PROCESSORS_ELSEWHERE
     outer = weight.shape[0] if activation is None else weight.shape[0] // 2
     lines = min(MOST_LINES, triton.next_power_of_2(triton.cdiv(weight.shape[1] * x.itemsize, LINE)))
-    return _launch(tile_of_some(len(x), outer, x.dtype, processors), lines, x, weight, bias, norm, add, activation)
+    tile = tile_of_some(len(x), outer, x.dtype, processors, gated=activation is not None)
+    return _launch(tile, lines, x, weight, bias, norm, add, activation)
 
 
 def _launch(

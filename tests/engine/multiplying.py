@@ -36,6 +36,6 @@ def check_product(
         expected = ACTIVATIONS[activation](expected[:, :half]) * expected[:, half:]
     got = multiply(
         x, weight.to(DEVICE), offset.to(DEVICE) if bias else None,
-        norm=Norm(scale.to(DEVICE), 1e-6) if norm else None, add=stream.to(DEVICE) if add else None, activation=activation,
+        norm=Norm(scale.to(DEVICE), 1e-6) if norm else None, add=stream.clone().to(DEVICE) if add else None, activation=activation,
     )  # fmt: skip
     torch.testing.assert_close(got.double().cpu(), expected, atol=tolerance, rtol=tolerance)

@@ -147,7 +147,7 @@ def test_what_stands_between_products(compiled: list[str]) -> None:
 
 
 @here
-@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("rows", [64, 128, 256])
 @pytest.mark.parametrize(("around", "inner", "outer"), [("norm", 1024, 4096), ("add", 2048, 1024), ("gate", 1024, 6144)])
 def test_products_of_some_rows(
     around: str, inner: int, outer: int, rows: int, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
@@ -160,7 +160,7 @@ def test_products_of_some_rows(
     norm = None if around == "add" else Norm(torch.zeros(inner, dtype=torch.bfloat16), 1e-6)
     add = torch.zeros(rows, outer, dtype=torch.bfloat16) if around == "add" else None
     product.multiply_some(x, weight, None, norm=norm, add=add, activation="silu" if around == "gate" else None)
-    assert compiled == ["_multiply"]
+    assert compiled == ([] if around == "add" and rows > product.ALONE else ["_multiply"])
 
 
 def usage(kernel: Any) -> tuple[int, int]:

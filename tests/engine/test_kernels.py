@@ -156,7 +156,9 @@ def test_the_gate_of_a_feed_forward(activation: str, dtype: torch.dtype) -> None
 @here
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 96, 70), (33, 200, 130), (70, 64, 48), *([(128, 3072, 1024)] if GPU else [])])
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(1, 96, 70), (33, 200, 130), (70, 64, 48), *([(128, 1024, 1200), (200, 3072, 1024)] if GPU else [])]
+)
 @pytest.mark.parametrize(("norm", "add", "activation"), AROUND)
 def test_a_product_of_some_rows_with_what_surrounds_it(
     rows: int, inner: int, outer: int, norm: int, add: int, activation: str | None, bias: bool, dtype: torch.dtype
