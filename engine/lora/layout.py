@@ -121,7 +121,12 @@ class PagePool:
     def write(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:
         """Put an adapter into these pages; nobody may be using them."""
         for page, content, rows in zip(pages, data, used, strict=True):
-            self.data[page].copy_(content)
+            if self.data.is_cpu:
+                # torch would copy with threads of OpenMP's for whoever calls, and with more of them than cores those of the model's thread
+                # no longer wait for each other awake: each of its steps takes a quarter longer from then on.
+                self.data[page].view(torch.uint8).numpy()[:] = content.contiguous().view(torch.uint8).numpy()
+            else:
+                self.data[page].copy_(content)
             self.used[page].copy_(rows)
 
     def matrices(self, place: Place, page: int) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,8 +25,8 @@ PAGES = 4
 class Fake(Adapters):
     """Pages without a model."""
 
-    def __init__(self) -> None:
-        self.layout, self.pool = LAYOUT, PagePool(LAYOUT, PAGES, torch.float32, torch.device("cpu"))
+    def __init__(self, layout: PageLayout = LAYOUT) -> None:
+        self.layout, self.pool = layout, PagePool(layout, PAGES, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(params=[None, 0, 1 << 20], ids=["direct", "one page", "host pages"])
@@ -106,3 +107,18 @@ def test_whoever_waits_hears_of_what_nobody_thought_of(loader: AdapterLoader, tm
     assert "ZeroDivisionError" in error
     assert load(loader, tmp_path / "good", 0, 1) is None, "it is no fault of the file's"
     assert load(loader, tmp_path / "not there", 2, 3) is not None
+
+
+def test_the_thread_that_loads_begins_no_team_of_others(tmp_path: Path) -> None:
+    """More of OpenMP's threads than cores do not wait awake any more: whoever computes would be slower for ever."""
+    layout = PageLayout([(Site("q", 4096, 4096),)])
+    loader, before = AdapterLoader(Fake(layout), None), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        write(tmp_path / "good", layout, 20)
+        threads = len(os.listdir("/proc/self/task"))
+        assert load(loader, tmp_path / "good", 0, 1) is None
+        assert len(os.listdir("/proc/self/task")) == threads
+    finally:
+        torch.set_num_threads(before)
+        loader.close()
