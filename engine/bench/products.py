@@ -1,8 +1,8 @@
-"""The products of a decoder: those in a layer and the head, by the library or packed; and those in a layer with what is around them."""
+"""The products of a decoder: those in a layer and the head, by the library or packed; and those of few rows, with what is around them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -29,34 +29,27 @@ def time_head(subject: Subject, rows: int) -> Iterator[Case]:
     yield product_case(subject, "head", rows, subject.hidden, subject.decoder.vocab_size)
 
 
-def time_fused(subject: Subject, rows: int) -> Iterator[Case]:
-    """Those of a layer with the norm before them, or the sum or gate after them, in each of the ways that so many rows could take."""
-    if not subject.fused:
+def time_few(subject: Subject, rows: int) -> Iterator[Case]:
+    """Those of a layer as steps of few rows do them, with the norm before them, or the sum or gate after them."""
+    if not subject.fused or subject.device.type != "cuda" or subject.dtype != torch.bfloat16:
         return
     from penstock.engine.kernels.few_rows import is_few, multiply_few  # Triton comes with CUDA builds of torch only
-    from penstock.engine.kernels.product import is_some, multiply_some
 
-    widest = max(inner for inner, _ in products(subject).values())
-    if is_few(rows, widest) and subject.device.type == "cuda" and subject.dtype == torch.bfloat16:
-        yield from _fused(subject, rows, "few rows", multiply_few)
-    if is_some(rows, widest):
-        yield from _fused(subject, rows, "some rows", multiply_some)
-
-
-def _fused(subject: Subject, rows: int, way: str, multiply: Callable[..., Tensor]) -> Iterator[Case]:
+    if not is_few(rows, max(inner for inner, _ in products(subject).values())):
+        return
     norm, activation = Norm(subject.draw(subject.hidden), subject.decoder.epsilon), subject.decoder.activation
     for name, (inner, outer) in products(subject).items():
         x, out = subject.draw(rows, inner), subject.draw(rows, outer)
         weights = product_weights(subject, inner, outer)
         written = out.numel()
         if name in ("out", "down"):
-            more, calls = written, [partial(multiply, x, weight, None, add=out) for weight in weights]
+            more, calls = written, [partial(multiply_few, x, weight, None, add=out) for weight in weights]
         else:
             gate = activation if name == "gate up" else None
             written = written // 2 if gate else written
-            more, calls = inner, [partial(multiply, x, weight, None, norm=norm, activation=gate) for weight in weights]
+            more, calls = inner, [partial(multiply_few, x, weight, None, norm=norm, activation=gate) for weight in weights]
         moved = (inner * outer + x.numel() + more + written) * subject.dtype.itemsize
-        yield Case(f"{name}, {way}", f"{inner} to {outer}", rows, moved, 2 * rows * inner * outer, calls)
+        yield Case(f"{name}, few rows", f"{inner} to {outer}", rows, moved, 2 * rows * inner * outer, calls)
 
 
 def product_case(subject: Subject, name: str, rows: int, inner: int, outer: int) -> Case:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -81,12 +81,10 @@ class FusedGlue:
     """In one Triton kernel each, with what `backend` holds of the step."""
 
     def __init__(self, rotaries: Sequence[Rotary], activation: str, backend: TritonAttention) -> None:
-        from penstock.engine.kernels import experts, few_rows, gate, product, residual  # Triton comes with CUDA builds of torch only
+        from penstock.engine.kernels import experts, few_rows, gate, residual  # Triton comes with CUDA builds of torch only
 
         self._join, self._gate, self._mix = residual.join_rows, gate.gate_rows, experts.mix_rows
-        self._few, self._some, self._is_few, self._is_some = few_rows.multiply_few, product.multiply_some, few_rows.is_few, product.is_some
-        self._multiply: Callable[..., Tensor] = self._few  # of this step
-        self.suits_few = few_rows.suits_few
+        self._few, self._is_few, self.suits_few = few_rows.multiply_few, few_rows.is_few, few_rows.suits_few
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
         self.positions = backend.table
@@ -114,19 +112,16 @@ class FusedGlue:
         return self._gate(x, self.activation)
 
     def fuses(self, rows: int, widest: int, adapters: AdapterBackend | None) -> bool:
-        """Whether, and then how, the products of a step of so many rows take along what is around them: `product`. `widest`: the longest
-        inner dimension."""
-        few = self._is_few(rows, widest)
-        self._multiply = self._few if few else self._some
-        if adapters is not None and adapters.active:
-            return few and can_join(adapters) and adapters.suits_few
-        return few or self._is_some(rows, widest)
+        """Whether the products of a step of so many rows take along what is around them: `product`. `widest`: the longest inner
+        dimension."""
+        joined = adapters is None or not adapters.active or (can_join(adapters) and adapters.suits_few)
+        return joined and self._is_few(rows, widest)
 
     def product(self, product: Linear, x: Tensor, *, norm: Norm | None = None, add: Tensor | None = None, gated: bool = False) -> Tensor:
         """A product of x `[rows, in]`, by way of `norm`; and then plus `add`, or gated. What adapters add is in it."""
         adapted, weight, bias = product.adapted, product.weight, product.bias
         if adapted is None or not adapted.backend.active or not can_join(adapted.backend):
-            return self._multiply(x, weight, bias, norm=norm, add=add, activation=self.activation if gated else None)
+            return self._few(x, weight, bias, norm=norm, add=add, activation=self.activation if gated else None)
         y = self._few(x, weight, bias, norm=norm, add=add, shrink=adapted.backend.fused(adapted.place, x))
         adapted.backend.finish(adapted.place, y)
         return self.gate(y) if gated else y

@@ -305,8 +305,8 @@ def test_what_is_pinned_stays_and_no_more_can_be_than_leaves_room(client: Client
 def test_a_stream_is_saved_and_carried_on_with_the_same_adapter_only(client: Client, shop: Path) -> None:
     write_adapter(shop / "moving", 70)
     client.load_adapter("moving", str(shop / "moving"))
-    whole = says(client, "moving", tokens=60)
-    stream = client.stream(PROMPT, adapter="moving", max_tokens=60, **GREEDY)
+    whole = says(client, "moving", tokens=400)  # so long that it is not over before it is cancelled
+    stream = client.stream(PROMPT, adapter="moving", max_tokens=400, **GREEDY)
     reading = iter(stream)
     taken = [id for chunk in (next(reading), next(reading)) for id in chunk.ids]
     saved = stream.save()

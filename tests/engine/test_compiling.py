@@ -68,7 +68,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         from triton.runtime.jit import JITFunction
 
         from penstock.engine.attention import triton as attention
-        from penstock.engine.kernels import decode_attention, expand, gate, heads, paged_attention, product, residual, shrink
+        from penstock.engine.kernels import decode_attention, expand, gate, heads, paged_attention, residual, shrink
 
         run = JITFunction.run
 
@@ -76,12 +76,6 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
             assert "sm_90" in kernel.asm["ptx"]
             assert self.__name__ != "_attend_tile" or "cp.async" in kernel.asm["ptx"], "keys are not loaded ahead"
-            if self.__name__ == "_multiply":
-                registers, stack = usage(kernel)
-                print(kernel.metadata.name, options["ROWS"], options["OUTER"], registers, stack, kernel.metadata.shared)
-                assert stack <= 32
-                assert "wgmma" in kernel.asm["ptx"]
-                assert "cp.async.cg.shared.global" in kernel.asm["ptx"]
             if self.__name__ in ("_shrink", "_expand"):
                 check_adapters(kernel, options)
             names.append(self.__name__)
@@ -89,7 +83,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(JITFunction, "run", compile_only)
         driver.set_active(Driver())
-        for module in (decode_attention, expand, gate, heads, paged_attention, product, residual, shrink):
+        for module in (decode_attention, expand, gate, heads, paged_attention, residual, shrink):
             monkeypatch.setattr(module, "overlap", lambda x, **_: {"OVERLAP": True, "launch_pdl": True}, raising=False)
         assert attention.TritonAttention.fuses
     return names
@@ -144,23 +138,6 @@ def test_what_stands_between_products(compiled: list[str]) -> None:
     slots = torch.zeros(4, dtype=torch.int64)
     sample_rows(h, torch.zeros(4), slots, torch.from_numpy(np.zeros(9, np.int64)), slots)
     assert set(compiled) == {"_join", "_gate", "_largest_score", "_choose"}
-
-
-@here
-@pytest.mark.parametrize("rows", [64, 128, 256])
-@pytest.mark.parametrize(("around", "inner", "outer"), [("norm", 1024, 4096), ("add", 2048, 1024), ("gate", 1024, 6144)])
-def test_products_of_some_rows(
-    around: str, inner: int, outer: int, rows: int, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
-) -> None:
-    from penstock.engine.kernels import product
-    from penstock.engine.model.norm import Norm
-
-    monkeypatch.setattr(product, "PROCESSORS_ELSEWHERE", 132)
-    x, weight = torch.zeros(rows, inner, dtype=torch.bfloat16), torch.zeros(outer, inner, dtype=torch.bfloat16)
-    norm = None if around == "add" else Norm(torch.zeros(inner, dtype=torch.bfloat16), 1e-6)
-    add = torch.zeros(rows, outer, dtype=torch.bfloat16) if around == "add" else None
-    product.multiply_some(x, weight, None, norm=norm, add=add, activation="silu" if around == "gate" else None)
-    assert compiled == ([] if around == "add" and rows > product.ALONE else ["_multiply"])
 
 
 def usage(kernel: Any) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from penstock.engine.scheduler import SchedulerConfig
 from .attending import make_step
 from .driver import request, run
 from .interpreted import DEVICE, GPU, apart, assert_passes, here
-from .multiplying import AROUND, check_product, rms
+from .multiplying import rms
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -150,23 +150,6 @@ def test_the_gate_of_a_feed_forward(activation: str, dtype: torch.dtype) -> None
     expected = ACTIVATIONS[activation](x.double()[:, :1100]) * x.double()[:, 1100:]
     torch.testing.assert_close(
         gate_rows(x.to(DEVICE), activation).double().cpu(), expected, atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype]
-    )
-
-
-@here
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "inner", "outer"), [(1, 96, 70), (33, 200, 130), (70, 64, 48), *([(128, 1024, 1200), (200, 3072, 1024)] if GPU else [])]
-)
-@pytest.mark.parametrize(("norm", "add", "activation"), AROUND)
-def test_a_product_of_some_rows_with_what_surrounds_it(
-    rows: int, inner: int, outer: int, norm: int, add: int, activation: str | None, bias: bool, dtype: torch.dtype
-) -> None:
-    from penstock.engine.kernels.product import multiply_some
-
-    check_product(
-        multiply_some, rows, inner, outer, dtype, 2 * TOLERANCE[dtype], bias=bias, norm=norm, add=add, activation=activation
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -78,28 +78,6 @@ def compare_runs(name: str) -> None:
     assert got[0] == got[1]
     assert runner.graphs is not None, "a step could not be recorded"
     assert {(size.chunks, size.plain) for size in runner.graphs._graphs} >= {(False, True), (False, False), (True, False)}
-
-
-@here
-@pytest.mark.skipif(GPU, reason="there it needs bfloat16, whose tokens are others")
-@pytest.mark.parametrize("name", ["qwen3", "biases"])
-def test_steps_of_some_rows_take_norms_sums_and_gates_into_their_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from penstock.engine.kernels import few_rows, product
-
-    multiplied = 0
-    multiply = product.multiply_some
-
-    def count(*given: Any, **more: Any) -> torch.Tensor:
-        nonlocal multiplied
-        multiplied += 1
-        return multiply(*given, **more)
-
-    monkeypatch.setattr("penstock.engine.model.linear.can_pack", lambda weight: False)
-    monkeypatch.setattr(few_rows, "suits_few", lambda weight: True)
-    monkeypatch.setattr(few_rows, "is_few", lambda rows, widest: False)
-    monkeypatch.setattr(product, "multiply_some", count)
-    compare_runs(name)
-    assert multiplied > 0
 
 
 @here
