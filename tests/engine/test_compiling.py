@@ -68,7 +68,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         from triton.runtime.jit import JITFunction
 
         from penstock.engine.attention import triton as attention
-        from penstock.engine.kernels import decode_attention, expand, gate, heads, paged_attention, residual, shrink
+        from penstock.engine.kernels import decode_attention, expand, gate, heads, paged_attention, residual, sample, shrink
 
         run = JITFunction.run
 
@@ -83,7 +83,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(JITFunction, "run", compile_only)
         driver.set_active(Driver())
-        for module in (decode_attention, expand, gate, heads, paged_attention, residual, shrink):
+        for module in (decode_attention, expand, gate, heads, paged_attention, residual, sample, shrink):
             monkeypatch.setattr(module, "overlap", lambda x, **_: {"OVERLAP": True, "launch_pdl": True}, raising=False)
         assert attention.TritonAttention.fuses
     return names
@@ -137,7 +137,7 @@ def test_what_stands_between_products(compiled: list[str]) -> None:
         gate_rows(h, activation)
     slots = torch.zeros(4, dtype=torch.int64)
     sample_rows(h, torch.zeros(4), slots, torch.from_numpy(np.zeros(9, np.int64)), slots)
-    assert set(compiled) == {"_join", "_gate", "_largest_score", "_choose"}
+    assert set(compiled) == {"_join", "_gate", "_about_highest", "_choose"}
 
 
 def usage(kernel: Any) -> tuple[int, int]:

@@ -83,15 +83,32 @@ def test_decodes_alone_split_their_keys_and_merge_them_exactly() -> None:
 def test_the_fused_draw_gives_the_ids_of_the_plain_one(vocab_size: int, dtype: torch.dtype) -> None:
     from penstock.engine.kernels.sample import sample_rows
 
-    rows = 7
+    rows = 10
     logits = (torch.randn(rows, vocab_size) * 3).to(dtype)
     logits[2, :] = 0
     logits[3, 5:] = float("-inf")
     temperature = torch.rand(rows) + 0.2
+    # Noise that is nearly rounded away, or wholly; that is nearly all there is; and quotients beyond all numbers.
+    temperature[[4, 5, 6, 7]] = torch.tensor([1e-5, 1e-12, 1e4, 1e-38])
+    logits[7] *= 1e4
     keys = torch.from_numpy(noise_keys(np.arange(rows), np.arange(rows)))
     expected = draw(logits.float() / temperature[:, None], keys, id_steps(vocab_size, torch.device("cpu")))
     got = sample_rows(logits.to(DEVICE), temperature.to(DEVICE), keys.to(DEVICE))
     assert got.tolist() == expected.tolist()
+
+
+@here
+def test_what_is_computed_of_noise_first_is_near_enough_to_the_noise() -> None:
+    from .noising import noise_about
+
+    random = np.random.default_rng(0).integers(0, 2**64, 1024, np.uint64)
+    ends = np.concatenate([np.uint64(2) ** np.arange(64, dtype=np.uint64), np.uint64(2**63) - random[:100] // np.uint64(2**20)])
+    hashes = np.concatenate([random, ends, ~ends, random >> np.uint64(20), ~(random >> np.uint64(20)), random >> np.uint64(45)])
+    hashes = np.resize(hashes, 4096)
+    u = ((hashes >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    exact = -np.log(-np.log(u))
+    out = noise_about(torch.from_numpy(hashes.view(np.int64)).to(DEVICE))
+    assert np.abs(out.double().cpu().numpy() - exact).max() < 1e-4
 
 
 @here
