@@ -8,9 +8,9 @@
 // dimension, 16 bytes, and those are its operands of two instructions as they come: weights go from memory to where they are multiplied
 // without a detour through shared memory.
 //
-// A block has 16 columns of the weight whole; its WARPS share the inner dimension, and their sums meet in shared memory. The first weights
-// are on their way before the kernel before this one has ended (programmatic dependent launch). A warp can tell only a few of its loads
-// apart when it waits for one, so it is many warps that keep memory busy, and not many loads of each; and rows are read again by each
+// A block has 16 columns of the weight, or twice that: its WARPS share the inner dimension, and their sums meet in shared memory. The first
+// weights are on their way before the kernel before this one has ended (programmatic dependent launch). A warp can tell only a few of its
+// loads apart when it waits for one, so it is many warps that keep memory busy, and not many loads of each; and rows are read again by each
 // block, so their part of the first-level cache matters.
 //
 // Numbers are bfloat16: a row times the norm's weight is rounded before the norm's own factor, and has the range for it.
@@ -20,15 +20,16 @@
 // read is little beside the weight, so they cost next to nothing, and no launch of their own. A graph has blocks for more jobs than there
 // are: these end at once, and are not in the way of others.
 //
-// Defined by who compiles this: WARPS, TILES (of eight rows), NORM (0: none; 1; 2: with a float32 weight), KIND (of activation; below 0: no
-// gate), BIAS, ADD, ADAPTED (then there is no gate).
+// Defined by who compiles this: WARPS, TILES (of eight rows), GROUPS (of sixteen columns), NORM (0: none; 1; 2: with a float32 weight), KIND
+// (of activation; below 0: no gate), BIAS, ADD, ADAPTED (then there is no gate).
 
 #include "warp.cuh"
 
-constexpr int DEPTH = 4;                                     // chunks of 32 of the inner dimension that are on their way
-constexpr int AT_ONCE = TILES >= DEPTH ? 1 : DEPTH / TILES;  // chunks whose rows are loaded together
+constexpr int DEPTH = 4 / GROUPS;  // chunks of 32 of the inner dimension that are on their way
+constexpr int AT_ONCE = GROUPS > 1 ? DEPTH : TILES >= DEPTH ? 1 : DEPTH / TILES;  // chunks whose rows are loaded together
 constexpr bool GATED = KIND >= 0;
-constexpr int COLUMNS = GATED ? 8 : 16;                      // of the result: a gate's sixteen are eight, and what they are multiplied with
+constexpr int EACH = GATED ? 8 : 16;  // columns of the result that a group has: a gate's sixteen are eight, and what they are multiplied with
+constexpr int COLUMNS = EACH * GROUPS;
 
 __device__ inline float activate(float x) {
   if (KIND == 0) return x / (1.0f + __expf(-x));
@@ -64,7 +65,7 @@ struct Shrink {
 };
 
 // x [rows, inner], a row every x_row numbers; weight [outs, inner], with a gate [2 * outs, inner]; out and add [rows, outs].
-extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) few_rows(
     const unsigned short* __restrict__ x, const unsigned short* __restrict__ weight, const unsigned short* __restrict__ bias,
     const void* __restrict__ norm, const unsigned short* add, unsigned short* out, u64 x_row, int rows, int inner, int outs,
     float epsilon, const Shrink shrink) {
@@ -75,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
   const int unit = blockIdx.x - (outs + COLUMNS - 1) / COLUMNS;  // a slice of a job
   const s64* tokens = nullptr;  // of a job, and how many of its page's rows of A there are
   int ranks = 0;
-  const unsigned short* mine[2];
+  const unsigned short* mine[2 * GROUPS];
   if (shrinks) {
     const int index = unit / shrink.slices, part = unit % shrink.slices;
     if (index >= shrink.tiles[1]) return;
@@ -84,22 +85,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
     if (ranks == 0) return;
     tokens = shrink.tokens + job[1], rows = (int)job[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      mine[i] = shrink.data + job[0] * shrink.page_size + shrink.a + (u64)(part * 16 + min(i * 8 + group, ranks - 1)) * inner + quarter * 8;
+    for (int i = 0; i < 2 * GROUPS; i++) {  // one group is enough
+      const int row = part * 16 + min(i % 2 * 8 + group, ranks - 1);
+      mine[i] = shrink.data + job[0] * shrink.page_size + shrink.a + (u64)row * inner + quarter * 8;
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int row = GATED ? i * outs + min(first + group, outs - 1) : min(first + i * 8 + group, outs - 1);
+    for (int i = 0; i < 2 * GROUPS; i++) {
+      const int row = GATED ? i % 2 * outs + min(first + i / 2 * 8 + group, outs - 1) : min(first + i * 8 + group, outs - 1);
       mine[i] = weight + (u64)row * inner + quarter * 8;
     }
   }
-  Quad w[DEPTH][2], scales[DEPTH];
+  Quad w[DEPTH][2 * GROUPS], scales[DEPTH];
 #pragma unroll
   for (int j = 0; j < DEPTH; j++) {
     const int chunk = warp + j * WARPS;
     if (chunk >= chunks) continue;
 #pragma unroll
-    for (int i = 0; i < 2; i++) w[j][i] = load_constant(mine[i] + chunk * 32);
+    for (int i = 0; i < 2 * GROUPS; i++) {
+      if (i < 2 || !shrinks) w[j][i] = load_constant(mine[i] + chunk * 32);
+    }
     if (NORM == 1) scales[j] = load_constant((const unsigned short*)norm + chunk * 32 + quarter * 8);
   }
   wait_for_kernel_before();
@@ -109,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
     const int row = min(tile * 8 + group, rows - 1);
     theirs[tile] = (shrinks ? (u32)tokens[row] : row) * (u32)x_row + quarter * 8;
   }
-  float sums[TILES][4] = {}, squares[TILES] = {};
+  float sums[TILES][GROUPS][4] = {}, squares[TILES] = {};
   for (int base = warp; base < chunks; base += DEPTH * WARPS) {
 #pragma unroll
     for (int some = 0; some < DEPTH; some += AT_ONCE) {
@@ -134,25 +139,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
         for (int tile = 0; tile < TILES; tile++) {
           Quad q = given[j - some][tile];
           if (NORM) squares[tile] += scale(q, factors);
-          multiply(sums[tile], w[j][0].a, w[j][1].a, w[j][0].b, w[j][1].b, q.a, q.b);
-          multiply(sums[tile], w[j][0].c, w[j][1].c, w[j][0].d, w[j][1].d, q.c, q.d);
+#pragma unroll
+          for (int g = 0; g < GROUPS; g++) {
+            if (g > 0 && shrinks) break;
+            multiply(sums[tile][g], w[j][2 * g].a, w[j][2 * g + 1].a, w[j][2 * g].b, w[j][2 * g + 1].b, q.a, q.b);
+            multiply(sums[tile][g], w[j][2 * g].c, w[j][2 * g + 1].c, w[j][2 * g].d, w[j][2 * g + 1].d, q.c, q.d);
+          }
         }
         const int next = chunk + DEPTH * WARPS;
         if (next >= chunks) continue;
 #pragma unroll
-        for (int i = 0; i < 2; i++) w[j][i] = load_constant(mine[i] + next * 32);
+        for (int i = 0; i < 2 * GROUPS; i++) {
+          if (i < 2 || !shrinks) w[j][i] = load_constant(mine[i] + next * 32);
+        }
         if (NORM == 1) scales[j] = load_constant((const unsigned short*)norm + next * 32 + quarter * 8);
       }
     }
   }
-  // sums: of columns `group` and `group + 8` of the sixteen, rows `2 * quarter` and the next. squares: of row `group`, a quarter of them.
-  __shared__ float parts[WARPS][TILES][2][8][8], lengths[WARPS][TILES * 8];
+  // sums: of columns `group` and `group + 8` of sixteen, rows `2 * quarter` and the next. squares: of row `group`, a quarter of them.
+  constexpr int PARTS = TILES * GROUPS * 128, ROWS = TILES * 8;
+  __shared__ float parts[WARPS][PARTS], lengths[WARPS][ROWS];  // parts: [tile, group, half of sixteen columns, row, column]
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      parts[warp][tile][i][2 * quarter][group] = sums[tile][2 * i];
-      parts[warp][tile][i][2 * quarter + 1][group] = sums[tile][2 * i + 1];
+    for (int i = 0; i < 2 * GROUPS; i++) {
+      float* to = parts[warp] + (tile * 2 * GROUPS + i) * 64 + 16 * quarter + group;
+      to[0] = sums[tile][i / 2][i % 2 * 2], to[8] = sums[tile][i / 2][i % 2 * 2 + 1];
     }
     if (NORM) {
       const float sum = sum_of_four(squares[tile]);
@@ -160,25 +172,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) few_rows(
     }
   }
   __syncthreads();
-  for (int at = threadIdx.x; at < TILES * 8 * COLUMNS; at += 32 * WARPS) {
-    const int column = at % COLUMNS, row = at / COLUMNS, o = first + column;
-    if (row >= rows || (!shrinks && o >= outs)) continue;
-    float y = 0.0f, up = 0.0f, length = 0.0f;
+  const auto sum_of = [&](const float* of_first, int size) {
+    float sum = 0.0f;
 #pragma unroll
-    for (int part = 0; part < WARPS; part++) {
-      y += parts[part][row / 8][column / 8][row % 8][column % 8];
-      if (GATED) up += parts[part][row / 8][1][row % 8][column];
-      if (NORM) length += lengths[part][row];
-    }
-    const float factor = NORM ? rsqrtf(length / inner + epsilon) : 1.0f;
-    y *= factor;
+    for (int part = 0; part < WARPS; part++) sum += of_first[part * size];
+    return sum;
+  };
+  for (int at = threadIdx.x; at < ROWS * COLUMNS; at += 32 * WARPS) {
+    const int column = at % COLUMNS, row = at / COLUMNS, o = first + column;
+    if (row >= rows || (shrinks ? column >= 16 : o >= outs)) continue;
+    const float* of_first = parts[0] + ((row / 8 * GROUPS + column / EACH) * 2 + column % EACH / 8) * 64 + row % 8 * 8 + column % 8;
+    const float factor = NORM ? rsqrtf(sum_of(lengths[0] + row, ROWS) / inner + epsilon) : 1.0f;
+    float y = sum_of(of_first, PARTS) * factor;
     if (shrinks) {
       shrink.sums[((u64)unit * 16 + row) * 16 + column] = column < ranks ? y : 0.0f;
       continue;
     }
     if (BIAS) y += number(bias + o);
     if (GATED) {
-      up *= factor;
+      float up = sum_of(of_first + 64, PARTS) * factor;
       if (BIAS) up += number(bias + outs + o);
       y = activate(y) * up;
     }

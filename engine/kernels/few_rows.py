@@ -32,8 +32,10 @@ class Shrink(ctypes.Structure):
 
 
 KINDS = (*[c_void_p] * 6, c_uint64, c_int, c_int, c_int, c_float, Shrink.from_buffer_copy)
-WARPS = 8  # of a block
 CHUNK = 32  # of the inner dimension, which must be a multiple of it
+COLUMNS = 16  # of a group
+PROCESSORS_ELSEWHERE = 4  # where there is no GPU
+LONG = 2048  # inner dimension from which a block has more warps
 # With more rows than this, what is read of them is no longer little beside the weight, and the library is faster: at once where the inner
 # dimension is long.
 FEW, MORE, NARROW = 8, 32, 4096
@@ -49,7 +51,7 @@ def suits_few(weight: Tensor) -> bool:
 def _compiles(device: torch.device) -> bool:
     """Whether kernels can be compiled for a device; a warning says why not. Then its products are the library's."""
     try:
-        _kernel(device, WARPS, 1, 0, -1, False, False, False)
+        _kernel(device, Blocks(8, 1), 1, 0, -1, False, False, False)
     except (CudaError, OSError) as error:
         warnings.warn(f"steps of few rows are slower: {error}", RuntimeWarning, stacklevel=2)
         return False
@@ -59,6 +61,19 @@ def _compiles(device: torch.device) -> bool:
 def is_few(rows: int, widest: int) -> bool:
     """Whether `multiply_few` is the way for so many rows, if the longest inner dimension is `widest`."""
     return rows <= FEW or (rows <= MORE and widest <= NARROW)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a product is cut: warps of a block, and groups of `COLUMNS` columns of the weight that it has."""
+
+    warps: int
+    groups: int
+
+
+def blocks_for(inner: int, columns: int, processors: int) -> Blocks:
+    """For a weight of so many columns. Two blocks of 8 warps stay on a multiprocessor; if there are more, they have more columns each."""
+    return Blocks(16, 1) if inner >= LONG else Blocks(8, 1 if columns <= 2 * COLUMNS * processors else 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,14 +109,15 @@ def multiply_few(
     rows, inner = x.shape
     outer = weight.shape[0] if activation is None else weight.shape[0] // 2
     out = torch.empty((rows, outer), dtype=x.dtype, device=x.device)
-    warps = WARPS if inner < 2048 else 2 * WARPS
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else PROCESSORS_ELSEWHERE
+    cut = blocks_for(inner, weight.shape[0], processors)
     kernel = _kernel(
-        x.device, warps, 1 if rows <= 8 else 2 if rows <= 16 else 4,
+        x.device, cut, 1 if rows <= 8 else 2 if rows <= 16 else 4,
         0 if norm is None else 1 if norm.weight.dtype == x.dtype else 2, -1 if activation is None else ACTIVATIONS.index(activation),
         bias is not None, add is not None, shrink is not None,
     )  # fmt: skip
     kernel.launch(
-        -(-weight.shape[0] // 16) + (0 if shrink is None else shrink.blocks), 32 * warps,
+        -(-weight.shape[0] // (COLUMNS * cut.groups)) + (0 if shrink is None else shrink.blocks), 32 * cut.warps,
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), None if norm is None else norm.weight.data_ptr(),
         None if add is None else add.data_ptr(), out.data_ptr(), x.stride(0), rows, inner, outer, 0.0 if norm is None else norm.epsilon,
         Shrink() if shrink is None else shrink.to_c(),
@@ -110,6 +126,6 @@ def multiply_few(
 
 
 @cache
-def _kernel(device: torch.device, warps: int, tiles: int, norm: int, kind: int, bias: bool, add: bool, adapted: bool) -> CudaKernel:
-    defines = {"WARPS": warps, "TILES": tiles, "NORM": norm, "KIND": kind}
+def _kernel(device: torch.device, cut: Blocks, tiles: int, norm: int, kind: int, bias: bool, add: bool, adapted: bool) -> CudaKernel:
+    defines = {"WARPS": cut.warps, "GROUPS": cut.groups, "TILES": tiles, "NORM": norm, "KIND": kind}
     return load_kernel(SOURCE, "few_rows", KINDS, defines | {"BIAS": int(bias), "ADD": int(add), "ADAPTED": int(adapted)}, device)

@@ -21,7 +21,7 @@ ERROR, RELATIVE = tl.constexpr(1e-3), tl.constexpr(2.0**-21)
 NONE = tl.constexpr(2147483647)  # an id that no token has
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _hash(key, ids):  # type: ignore[no-untyped-def]
     """Of `engine.noise`: 64 bits, as unsigned."""
     x = key.to(tl.uint64, bitcast=True) + (ids.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
@@ -30,7 +30,7 @@ def _hash(key, ids):  # type: ignore[no-untyped-def]
     return x ^ (x >> 31)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _noise_about(x):  # type: ignore[no-untyped-def]
     """-log(-log(u)) of hashes x in float32, within `ERROR`. In its upper half u is 1 - p, where p, and so -log(u), has its full precision
     however near to 1 u is."""

@@ -16,7 +16,7 @@ import torch
 from penstock.engine.kernels import few_rows
 
 HEADER = Path(__file__).with_name("emulated") / "warp.cuh"
-NAMES = ("WARPS", "TILES", "NORM", "KIND", "BIAS", "ADD", "ADAPTED")
+NAMES = ("TILES", "NORM", "KIND", "BIAS", "ADD", "ADAPTED")
 
 
 class EmulatedKernel:
@@ -47,6 +47,7 @@ class EmulatedKernel:
 
 
 @cache
-def emulated(_: torch.device, *values: int) -> EmulatedKernel:
+def emulated(_: torch.device, cut: few_rows.Blocks, *values: int) -> EmulatedKernel:
     """In the place of `few_rows._kernel`."""
-    return EmulatedKernel(few_rows.SOURCE, "few_rows", few_rows.KINDS, dict(zip(NAMES, map(int, values), strict=True)))
+    defines = {"WARPS": cut.warps, "GROUPS": cut.groups, **dict(zip(NAMES, map(int, values), strict=True))}
+    return EmulatedKernel(few_rows.SOURCE, "few_rows", few_rows.KINDS, defines)

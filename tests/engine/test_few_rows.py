@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.kernels import few_rows
-from penstock.engine.kernels.few_rows import Begun, multiply_few
+from penstock.engine.kernels.few_rows import Begun, Blocks, multiply_few
 from penstock.engine.kernels.tiles import SMALL, Tiles
 from penstock.engine.lora.layout import RANKS, PagePool, Place, Site, layout_of
 from penstock.engine.lora.triton import WHOLE, cut_tokens
@@ -42,6 +42,16 @@ def test_a_product_of_a_few_rows_with_what_surrounds_it(
     check_product(
         multiply_few, rows, inner, outer, torch.bfloat16, TOLERANCE, bias=bias, norm=norm, add=add, activation=activation
     )
+
+
+@pytest.mark.parametrize("rows", [3, 27])
+@pytest.mark.parametrize("cut", [Blocks(8, 2), Blocks(4, 2)], ids=str)
+@pytest.mark.parametrize(("norm", "add", "activation"), [(1, 0, None), (2, 0, "silu"), (0, 1, None)])
+def test_a_product_that_is_cut_in_any_way(
+    cut: Blocks, rows: int, norm: int, add: int, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "blocks_for", lambda *_: cut)
+    check_product(multiply_few, rows, 2080, 140, torch.bfloat16, TOLERANCE, bias=True, norm=norm, add=add, activation=activation)
 
 
 @pytest.mark.skipif(not GPU, reason="what suits the kernel is on a GPU")
@@ -90,6 +100,7 @@ class Adapters:
         torch.testing.assert_close(self.step.sums.double().cpu(), expected, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True)
 
 
+@pytest.mark.parametrize("cut", [None, Blocks(8, 2)], ids=str)
 @pytest.mark.parametrize("more", [0, 3])
 @pytest.mark.parametrize(
     ("ranks", "of_tokens"),
@@ -103,8 +114,11 @@ class Adapters:
 )
 @pytest.mark.parametrize(("inner", "norm", "add"), [(96, 1, False), (512, 0, True), (2080, 2, False)])
 def test_what_adapters_add_begins_with_the_product(
-    inner: int, norm: int, add: bool, ranks: Sequence[Sequence[int]], of_tokens: Sequence[int], more: int
-) -> None:
+    inner: int, norm: int, add: bool, ranks: Sequence[Sequence[int]], of_tokens: Sequence[int], more: int, cut: Blocks | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if cut is not None:
+        monkeypatch.setattr(few_rows, "blocks_for", lambda *_: cut)
     layout = layout_of([(Site("before", 32, 8),), (Site("q", inner, 40), Site("k", inner, 8), Site("v", inner, 8))])
     pool = PagePool(layout, 9, torch.bfloat16, DEVICE)
     pool.data.fill_(float("nan"))
