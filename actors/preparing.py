@@ -108,7 +108,6 @@ class Preparer:
         from penstock.engine.lora.store import write_pages
 
         if self.recall(lora.digest) is None:  # one that cannot be read is made anew
-            weights = {name: lora.folded(name) for name in lora.weights}
-            write_pages(self.shelf.path(lora.digest), *self.layout.lay_out(weights, self.dtype), lora.rank)
+            write_pages(self.shelf.path(lora.digest), self.layout, lora, self.dtype)
             self.shelf.tidy(keep=lora.digest)
         return Version(lora.digest, -(-lora.rank // RANKS), lora.rank, str(self.shelf.path(lora.digest)), revision)

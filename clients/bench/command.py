@@ -110,8 +110,9 @@ def adapters_command(
         bool, typer.Option("--cold", help="instead: adapters that were never asked for arrive while others decode")
     ] = False,
     resident: Annotated[int, typer.Option(help="streams that decode then", min=1)] = 32,
-    arrive: Annotated[int, typer.Option(help="adapters that arrive, all at once", min=1)] = 32,
-    seconds: Annotated[float, typer.Option(help="before they do", min=0.1)] = 5.0,
+    arrive: Annotated[int, typer.Option(help="adapters that arrive", min=1)] = 32,
+    every: Annotated[float, typer.Option(help="seconds from one that arrives to the next; 0: all at once", min=0.0)] = 0.0,
+    seconds: Annotated[float, typer.Option(help="before and after they do", min=0.1)] = 5.0,
     as_json: Json = False,
     plot_file: Plot = None,
     **given: Any,
@@ -127,7 +128,7 @@ def adapters_command(
         if turns:
             figures, series = asyncio.run(oversubscribed(shape, registered, in_use, pool, rounds, demand, **config))
         elif arriving:
-            figures, series = asyncio.run(cold(shape, resident, arrive, seconds, demand, **config))
+            figures, series = asyncio.run(cold(shape, resident, arrive, seconds, every, demand, **config))
         else:
             figures = asyncio.run(adapters(shape, read_counts(counts), demand, repeats, one_stream=one_stream, **config))
             show_rows(f"adapters on {shape}", figures["rows"], ADAPTED_COLUMNS, as_json=as_json)

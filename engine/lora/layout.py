@@ -12,7 +12,7 @@ The same rank rows in pages are S-LoRA's unified paging (Sheng et al., MLSys 202
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -55,6 +55,9 @@ class Place:
         return tuple(site.out_features for site in self.group)
 
 
+Weights = Mapping[str, tuple[Tensor, Tensor]]  # A `[rank, in]` and B `[out, rank]`, by the names of sites, whose ranks may differ
+
+
 class PageLayout:
     """The layout of a model's pages, of `elements` elements each. `digest` is equal where layouts are."""
 
@@ -78,26 +81,37 @@ class PageLayout:
         self.places, self.elements = tuple(places), end
         self.digest = blake2b(repr((RANKS, ALIGNMENT, groups)).encode(), digest_size=16).hexdigest()
 
-    def lay_out(self, weights: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """An adapter's pages `[pages, elements]`, and how many rank rows each site has in each, int32 `[pages, sites]`.
+    def lay_out(self, weights: Weights, scales: Mapping[str, float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """An adapter's pages `[pages, elements]`, and how many rank rows each site has in each, int32 `[pages, sites]`. `scales` are those
+        of B, by the names of sites."""
+        data = torch.zeros((pages_for(weights), self.elements), dtype=dtype)
+        for page, at, matrix in self.matrices(weights, scales, dtype):
+            data[page, at : at + matrix.numel()] = matrix.view(-1)
+        return data, self.used(weights)
 
-        `weights`: A `[rank, in]` and B `[out, rank]` with the scale in it, by the names of sites, each with a rank of its own.
-        """
-        pages = max((-(-len(a) // RANKS) for a, _ in weights.values()), default=0)
-        data = torch.zeros((pages, self.elements), dtype=dtype)
-        used = torch.zeros((pages, len(self.sites)), dtype=torch.int32)
+    def used(self, weights: Weights) -> Tensor:
+        """How many rank rows each site has in each page, int32 `[pages, sites]`."""
+        ranks = torch.tensor([len(weights[site.name][0]) if site.name in weights else 0 for site in self.sites], dtype=torch.int32)
+        firsts = torch.arange(pages_for(weights), dtype=torch.int32)[:, None] * RANKS
+        return (ranks - firsts).clamp(0, RANKS)
+
+    def matrices(self, weights: Weights, scales: Mapping[str, float], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """What an adapter has, piece by piece: in which page, from which of its elements on, and rows of A or B `[rows, in or out]`,
+        contiguous. B is scaled in float32."""
         for place in self.places:
             for number, site in enumerate(place.group):
                 if site.name not in weights:
                     continue
                 a, b = weights[site.name]
+                a, columns = a.to(dtype).contiguous(), (b.float() * scales[site.name]).to(dtype).t()
                 for page, first in enumerate(range(0, len(a), RANKS)):
-                    rows, columns = a[first : first + RANKS], b.t()[first : first + RANKS]
-                    used[page, place.site + number] = len(rows)
-                    a_at, b_at = place.a + number * RANKS * site.in_features, place.b[number]
-                    data[page, a_at : a_at + rows.numel()] = rows.reshape(-1).to(dtype)
-                    data[page, b_at : b_at + columns.numel()] = columns.reshape(-1).to(dtype)
-        return data, used
+                    yield page, place.a + number * RANKS * site.in_features, a[first : first + RANKS]
+                    yield page, place.b[number], columns[first : first + RANKS].contiguous()
+
+
+def pages_for(weights: Weights) -> int:
+    """How many an adapter takes."""
+    return max((-(-len(a) // RANKS) for a, _ in weights.values()), default=0)
 
 
 def layout_of(groups: Iterable[Group]) -> PageLayout:

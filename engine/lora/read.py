@@ -27,8 +27,8 @@ EMBEDDINGS = {"lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "wpe"}
 @dataclass(frozen=True, slots=True, eq=False)
 class Lora:
     """An adapter: each of its sites changes by `x @ A.T @ B.T * scale`. `weights` has, by the site's name, A `[rank, in_features]` and B
-    `[out_features, rank]`, float32, as they were trained; merging needs them so, and `folded` gives what a step computes with. Ranks may
-    differ from site to site. `digest` identifies what decides the result."""
+    `[out_features, rank]`, float32, float16 or bfloat16, as they were trained. Ranks may differ from site to site. `digest` identifies what
+    decides the result."""
 
     weights: Mapping[str, tuple[Tensor, Tensor]]
     scales: Mapping[str, float]
@@ -39,10 +39,10 @@ class Lora:
         """The largest."""
         return max(len(a) for a, _ in self.weights.values())
 
-    def folded(self, name: str) -> tuple[Tensor, Tensor]:
-        """A, and B times the scale, of a site, float32: `B @ A` is what is added to the site's weight."""
+    def exact(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of a site, float32: merging needs them so."""
         a, b = self.weights[name]
-        return a, b * self.scales[name]
+        return a.float(), b.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ class Entry:
 
 
 def read_adapter(folder: Path, sites: Mapping[str, Site], limit: int = LARGEST_WEIGHTS) -> Lora:
-    """An adapter of the model whose products are `sites`, by name; of at most `limit` bytes. Raises `AdapterError`."""
+    """An adapter of the model whose products are `sites`, by name; of at most `limit` bytes. Its weights are views of the file, to which
+    nobody may write any more, but which may be removed: to copy them would take longer than all the rest. Raises `AdapterError`."""
     from safetensors import SafetensorError, safe_open
 
     config = read_config(folder)
@@ -68,8 +69,7 @@ def read_adapter(folder: Path, sites: Mapping[str, Site], limit: int = LARGEST_W
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  it is not a dict
             shapes = {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in found.items()}
             entries = _checked(path, config, sites, shapes)
-            # Copies: what is read is a view of the file, which others may write to.
-            tensors = {place: file.get_tensor(entry.key).to(torch.float32, copy=True) for place, entry in entries.items()}
+            tensors = {place: _narrowed(file.get_tensor(entry.key)) for place, entry in entries.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError("broken_adapter", f"{path}: {error}") from error
     names = [name for name in sites if (name, "A") in tensors]
@@ -78,10 +78,19 @@ def read_adapter(folder: Path, sites: Mapping[str, Site], limit: int = LARGEST_W
         scales={name: config.scale_of(name, len(tensors[name, "A"])) for name in names},
         digest=digest_of(folder, limit),
     )
-    broken = [name for name in names if not all(bool(weight.isfinite().all()) for weight in (lora.weights[name][0], lora.folded(name)[1]))]
+    broken = [name for name in names if not (_finite(lora.weights[name][0], 1.0) and _finite(lora.weights[name][1], lora.scales[name]))]
     if broken:
         raise AdapterError("broken_adapter", f"{path}: NaN or infinity in the weights, or in float32 times their scale, of {some(broken)}")
     return lora
+
+
+def _narrowed(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype == torch.float64 else weight
+
+
+def _finite(weight: Tensor, scale: float) -> bool:
+    """Whether all of it is, in float32 times a scale. NaN is both the least and the largest, if there is one."""
+    return all(bool((end.float() * scale).isfinite()) for end in weight.aminmax())
 
 
 def _check_header(path: Path) -> None:

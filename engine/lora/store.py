@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from penstock.engine.kernels.cache import made_apart
 from penstock.engine.lora.errors import AdapterError
+from penstock.engine.lora.layout import PageLayout
+from penstock.engine.lora.read import Lora
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
 
 
-def write_pages(path: Path, data: Tensor, used: Tensor, rank: int) -> None:
-    """What `PageLayout.lay_out` gave of an adapter of this rank. Whoever reads `path` finds all of it or nothing. Raises `OSError`."""
-    from safetensors.torch import save_file
+def write_pages(path: Path, layout: PageLayout, lora: Lora, dtype: torch.dtype) -> None:
+    """What `PageLayout.lay_out` makes of an adapter. Whoever reads `path` finds all of it or nothing. Raises `OSError`.
 
-    with made_apart(path) as made:
-        save_file({"data": data, "used": used}, made, metadata={"rank": str(rank)})
+    Matrix by matrix: to lay out all of it in memory would take longer, since none of that memory was there before.
+    """
+    used = layout.used(lora.weights)
+    page = layout.elements * dtype.itemsize
+    end = len(used) * page
+    header: dict[str, Any] = {
+        "__metadata__": {"rank": str(lora.rank)},
+        "data": {"dtype": DTYPES[dtype], "shape": [len(used), layout.elements], "data_offsets": [0, end]},
+        "used": {"dtype": "I32", "shape": list(used.shape), "data_offsets": [end, end + used.nbytes]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with made_apart(path) as made, made.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        begin = file.tell()
+        for number, at, matrix in layout.matrices(lora.weights, lora.scales, dtype):
+            file.seek(begin + number * page + at * dtype.itemsize)
+            file.write(matrix.view(torch.uint8).numpy().data)
+        file.seek(begin + end)  # what lies between is zero
+        file.write(used.numpy().data)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -29,7 +54,8 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def read_pages(path: Path) -> tuple[Tensor, Tensor]:
-    """The same, as views of the file. Raises `AdapterError` (missing_adapter, broken_adapter)."""
+    """Its pages `[pages, elements]`, and how many rank rows each site has in each, as views of the file. Raises `AdapterError`
+    (missing_adapter, broken_adapter)."""
     from safetensors import safe_open
 
     with _reading(path), safe_open(path, framework="pt") as file:

@@ -64,7 +64,7 @@ class Adapters:
                 for site in self.layout.sites
                 if site.name in ranks
             }
-            data, used = self.layout.lay_out(self.weights[name], dtype)
+            data, used = self.layout.lay_out(self.weights[name], dict.fromkeys(self.weights[name], 1.0), dtype)
             self.pages[name] = tuple(free.pop() for _ in data)
             self.pool.write(self.pages[name], data, used)
             for page, rows in zip(self.pages[name], used.tolist(), strict=True):

@@ -15,6 +15,7 @@ from penstock.engine.lora.adapters import Adapters
 from penstock.engine.lora.host import HostPages
 from penstock.engine.lora.layout import PageLayout, PagePool, Site
 from penstock.engine.lora.loader import AdapterLoader
+from penstock.engine.lora.read import Lora
 from penstock.engine.lora.store import write_pages
 
 LAYOUT = PageLayout([(Site("q", 32, 48), Site("k", 32, 16)), (Site("o", 48, 32),)])
@@ -47,9 +48,9 @@ def load(loader: AdapterLoader, path: Path, *pages: int) -> str | None:
 
 def write(path: Path, layout: PageLayout, rank: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     weights = {site.name: (torch.randn(rank, site.in_features), torch.randn(site.out_features, rank)) for site in layout.sites}
-    data, used = layout.lay_out(weights, dtype)
-    write_pages(path, data, used, rank)
-    return data, used
+    lora = Lora(weights, dict.fromkeys(weights, 0.3), "")
+    write_pages(path, layout, lora, dtype)
+    return layout.lay_out(lora.weights, lora.scales, dtype)
 
 
 def test_an_adapter_comes_to_its_pages(loader: AdapterLoader, tmp_path: Path) -> None:

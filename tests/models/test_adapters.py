@@ -126,7 +126,7 @@ class Served:
         self.loads: list[Load] = []
         for name, folder in family.adapters.items():
             lora = read_adapter(folder, sites)
-            data, used = self.layout.lay_out({site: lora.folded(site) for site in lora.weights}, model.dtype)
+            data, used = self.layout.lay_out(lora.weights, lora.scales, model.dtype)
             digest = blake2b(name.encode(), digest_size=32).digest()
             self.known[name], self.content[digest] = Adapter(digest, len(data)), (data, used)
 

@@ -75,7 +75,7 @@ class Adapted:
                 for number, site in enumerate(adapters.layout.sites)
                 if digest != b"low" or number % 3
             }
-            data, used = adapters.layout.lay_out(weights, model.dtype)
+            data, used = adapters.layout.lay_out(weights, dict.fromkeys(weights, 1.0), model.dtype)
             self.known[digest], self.content[digest] = Adapter(digest, len(data)), (data, used)
 
     def load(self, load: Load) -> None:
