@@ -15,7 +15,9 @@ from pathlib import Path
 
 from penstock.actors.sources.errors import SourceError
 from penstock.actors.sources.source import Allowed, Source, inside
-from penstock.actors.sources.transfer import CHUNK, NEEDED, Deadline, Fetched, Limits, Settings, missing, save
+from penstock.actors.sources.transfer import NEEDED, Deadline, Fetched, Limits, Settings, missing, save
+
+PART = 2**22  # bytes that are copied at once
 
 
 def fetch(source: Source, into: Path, token: str | None, limits: Limits, settings: Settings) -> Fetched:
@@ -43,15 +45,17 @@ def _facts(info: os.stat_result) -> str:
     return f"{info.st_size}-{info.st_mtime_ns}"
 
 
-def _chunks(file: int, source: Source, name: str) -> Iterator[bytes]:
+def _chunks(file: int, source: Source, name: str) -> Iterator[memoryview]:
+    """Each is good until the next one is asked for."""
+    part = memoryview(bytearray(PART))
     while True:
         try:
-            chunk = os.read(file, CHUNK)
+            size = os.readv(file, [part])
         except OSError as error:
             raise SourceError("unreachable", f"{source.shown}: {name} cannot be read: {error.strerror}") from error
-        if not chunk:
+        if not size:
             return
-        yield chunk
+        yield part[:size]
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class Deadline:
         return min(self.limits.read, self.left())
 
 
-def save(chunks: Iterable[bytes], into: Path, name: str, most: int, deadline: Deadline, declared: int | None = None) -> int:
+def save(chunks: Iterable[bytes | memoryview], into: Path, name: str, most: int, deadline: Deadline, declared: int | None = None) -> int:
     """Write a new file of mode 0600. Returns its bytes. `declared`: how many there will be, if the place says so; they are counted all the
     same. Raises `SourceError`."""
     if declared is not None and declared > most:

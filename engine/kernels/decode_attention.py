@@ -201,7 +201,7 @@ def tile_for(shape: LayerShape, dtype: torch.dtype, whole: int | None) -> Tile:
         return Tile(32, 4, 2)
     if whole is None:
         return Tile(64, 2, 1)
-    return Tile(128, 4, 2) if whole <= 512 else Tile(64, 2, 3)
+    return Tile(128, 4, 2) if whole <= 256 else Tile(64, 2, 3)
 
 
 @dataclass(frozen=True, slots=True)

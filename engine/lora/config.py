@@ -22,6 +22,7 @@ from penstock.engine.lora.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG, LARGEST_WEIGHTS = 1 << 20, 4 << 30  # bytes
+READ = 1 << 22  # bytes at once
 LARGEST_RANK, LARGEST_ALPHA = 4096, 1e6
 MOST_NAMES = 4096  # of target_modules, exclude_modules, layers_to_transform
 MOST_PATTERNS, LONGEST_PATTERN = 1024, 256  # EVA writes one for each module
@@ -184,8 +185,11 @@ def digest_of(folder: Path, limit: int = LARGEST_WEIGHTS) -> str:
     deciding = read_config(folder).deciding() + b"\n"
     path = regular_file(folder, WEIGHTS, limit)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(deciding, digest_size=32)).hexdigest()
+        with path.open("rb", buffering=0) as file:
+            digest, part = hashlib.blake2b(deciding, digest_size=32), memoryview(bytearray(READ))
+            while size := file.readinto(part):
+                digest.update(part[:size])
+            return digest.hexdigest()
     except OSError as error:
         raise AdapterError("broken_adapter", f"{path}: {error}") from error
 

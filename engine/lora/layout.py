@@ -16,11 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 RANKS = 16  # rank rows in a page: what a tensor core's tile has
 ALIGNMENT = 64  # elements that each matrix begins at a multiple of
+TOGETHER = 4  # sites that are laid out at a time: a few megabytes, for which memory is used again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,8 @@ class Place:
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]  # A `[rank, in]` and B `[out, rank]`, by the names of sites, whose ranks may differ
 
+Bytes = npt.NDArray[np.uint8]
+
 
 class PageLayout:
     """The layout of a model's pages, of `elements` elements each. `digest` is equal where layouts are."""
@@ -85,8 +90,9 @@ class PageLayout:
         """An adapter's pages `[pages, elements]`, and how many rank rows each site has in each, int32 `[pages, sites]`. `scales` are those
         of B, by the names of sites."""
         data = torch.zeros((pages_for(weights), self.elements), dtype=dtype)
-        for page, at, matrix in self.matrices(weights, scales, dtype):
-            data[page, at : at + matrix.numel()] = matrix.view(-1)
+        content = data.view(torch.uint8).numpy()
+        for page, at, rows in self.matrices(weights, scales, dtype):
+            content[page, at : at + rows.size] = rows.reshape(-1)
         return data, self.used(weights)
 
     def used(self, weights: Weights) -> Tensor:
@@ -95,18 +101,30 @@ class PageLayout:
         firsts = torch.arange(pages_for(weights), dtype=torch.int32)[:, None] * RANKS
         return (ranks - firsts).clamp(0, RANKS)
 
-    def matrices(self, weights: Weights, scales: Mapping[str, float], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """What an adapter has, piece by piece: in which page, from which of its elements on, and rows of A or B `[rows, in or out]`,
-        contiguous. B is scaled in float32."""
+    def matrices(self, weights: Weights, scales: Mapping[str, float], dtype: torch.dtype) -> Iterator[tuple[int, int, Bytes]]:
+        """What an adapter has, piece by piece: in which page, from which of its bytes on, and rows of A or B `[rows, bytes]`, contiguous.
+        B is scaled in float32.
+
+        Some sites that are alike at a time: each of torch's operations gives up Python's lock and asks for it again, and where other
+        threads prepare adapters, too, that takes longer than what a small one does."""
+        alike: dict[tuple[object, ...], list[tuple[str, int, int]]] = {}
         for place in self.places:
             for number, site in enumerate(place.group):
-                if site.name not in weights:
-                    continue
-                a, b = weights[site.name]
-                a, columns = a.to(dtype).contiguous(), (b.float() * scales[site.name]).to(dtype).t()
-                for page, first in enumerate(range(0, len(a), RANKS)):
-                    yield page, place.a + number * RANKS * site.in_features, a[first : first + RANKS]
-                    yield page, place.b[number], columns[first : first + RANKS].contiguous()
+                if site.name in weights:
+                    a, b = weights[site.name]
+                    key = a.shape, a.dtype, b.shape, b.dtype, scales[site.name]
+                    alike.setdefault(key, []).append((site.name, place.a + number * RANKS * site.in_features, place.b[number]))
+        for found in alike.values():
+            for low in range(0, len(found), TOGETHER):
+                some = found[low : low + TOGETHER]
+                rows = torch.stack([weights[name][0] for name, _, _ in some]).to(dtype)
+                columns = torch.stack([weights[name][1] for name, _, _ in some])
+                columns = (columns.float() * scales[some[0][0]]).to(dtype).transpose(1, 2).contiguous()
+                sides = rows.view(torch.uint8).numpy(), columns.view(torch.uint8).numpy()
+                for number, (_, *firsts) in enumerate(some):
+                    for side, first in zip(sides, firsts, strict=True):
+                        for page, rank in enumerate(range(0, side.shape[1], RANKS)):
+                            yield page, first * dtype.itemsize, side[number, rank : rank + RANKS]
 
 
 def pages_for(weights: Weights) -> int:

@@ -4,11 +4,14 @@ nothing that it does not say is made up. Weights are read from safetensors alone
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from penstock.engine.lora.layout import Site
 __all__ = ["Lora", "digest_of", "read_adapter"]
 
 LARGEST_HEADER = 16 << 20  # bytes; two tensors of each module take well below one
-DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}  # the last has no name in numpy
 PREFIX = "base_model.model."
 EMBEDDINGS = {"lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "wpe"}
 
@@ -69,28 +72,38 @@ def read_adapter(folder: Path, sites: Mapping[str, Site], limit: int = LARGEST_W
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  it is not a dict
             shapes = {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in found.items()}
             entries = _checked(path, config, sites, shapes)
-            tensors = {place: _narrowed(file.get_tensor(entry.key)) for place, entry in entries.items()}
+        tensors = _views(path, entries.values())
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError("broken_adapter", f"{path}: {error}") from error
-    names = [name for name in sites if (name, "A") in tensors]
+    names = [name for name in sites if (name, "A") in entries]
     lora = Lora(
-        weights={name: (tensors[name, "A"], tensors[name, "B"]) for name in names},
-        scales={name: config.scale_of(name, len(tensors[name, "A"])) for name in names},
+        weights={name: (tensors[entries[name, "A"].key], tensors[entries[name, "B"].key]) for name in names},
+        scales={name: config.scale_of(name, entries[name, "A"].shape[0]) for name in names},
         digest=digest_of(folder, limit),
     )
-    broken = [name for name in names if not (_finite(lora.weights[name][0], 1.0) and _finite(lora.weights[name][1], lora.scales[name]))]
-    if broken:
+    if broken := _broken(lora):
         raise AdapterError("broken_adapter", f"{path}: NaN or infinity in the weights, or in float32 times their scale, of {some(broken)}")
     return lora
 
 
-def _narrowed(weight: Tensor) -> Tensor:
-    return weight.float() if weight.dtype == torch.float64 else weight
+def _broken(lora: Lora) -> list[str]:
+    """The sites that have NaN or infinity, or would in float32 times their scale. NaN, if there is one, is both the least and the
+    largest."""
+    ends = torch.stack([end for pair in lora.weights.values() for weight in pair for end in weight.aminmax()]).float().view(-1, 2, 2)
+    ends[:, 1] *= torch.tensor([lora.scales[name] for name in lora.weights])[:, None]
+    return [name for name, sound in zip(lora.weights, ends.isfinite().flatten(1).all(1).tolist(), strict=True) if not sound]
 
 
-def _finite(weight: Tensor, scale: float) -> bool:
-    """Whether all of it is, in float32 times a scale. NaN is both the least and the largest, if there is one."""
-    return all(bool((end.float() * scale).isfinite()) for end in weight.aminmax())
+def _views(path: Path, entries: Iterable[Entry]) -> dict[str, Tensor]:
+    """The tensors of a file whose header was found to be sound, in as few of torch's operations as can be: see `PageLayout.matrices`."""
+    whole: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "c")
+    (length,) = struct.unpack("<Q", whole[:8].data)
+    header, found = json.loads(whole[8 : 8 + length].tobytes()), {}
+    for entry in entries:
+        begin, end = header[entry.key]["data_offsets"]
+        weight = torch.from_numpy(whole[8 + length + begin : 8 + length + end].view(DTYPES[entry.dtype]).reshape(entry.shape))
+        found[entry.key] = weight.view(torch.bfloat16) if entry.dtype == "BF16" else weight.float() if entry.dtype == "F64" else weight
+    return found
 
 
 def _check_header(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,14 +36,12 @@ def write_pages(path: Path, layout: PageLayout, lora: Lora, dtype: torch.dtype) 
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with made_apart(path) as made, made.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        begin = file.tell()
-        for number, at, matrix in layout.matrices(lora.weights, lora.scales, dtype):
-            file.seek(begin + number * page + at * dtype.itemsize)
-            file.write(matrix.view(torch.uint8).numpy().data)
-        file.seek(begin + end)  # what lies between is zero
-        file.write(used.numpy().data)
+    start = struct.pack("<Q", len(text)) + text
+    with made_apart(path) as made, made.open("wb", buffering=0) as file:
+        file.write(start)
+        for number, at, rows in layout.matrices(lora.weights, lora.scales, dtype):
+            os.pwrite(file.fileno(), rows.data, len(start) + number * page + at)
+        os.pwrite(file.fileno(), used.numpy().data, len(start) + end)  # what lies between is zero
 
 
 def read_size(path: Path) -> tuple[int, int]:
