@@ -35,7 +35,7 @@ def _noise_about(x):  # type: ignore[no-untyped-def]
     """-log(-log(u)) of hashes x in float32, within `ERROR`. In its upper half u is 1 - p, where p, and so -log(u), has its full precision
     however near to 1 u is."""
     upper = x >= 0x8000000000000000
-    p = ((tl.where(upper, ~x, x) >> 12).to(tl.int64).to(tl.float32) + 0.5) * 2.220446049250313e-16
+    p = ((tl.where(upper, x ^ 0xFFFFFFFFFFFFFFFF, x) >> 12).to(tl.int64).to(tl.float32) + 0.5) * 2.220446049250313e-16
     w = tl.where(upper & (p < 0.015625), p * (1 + p * (0.5 + p * 0.333333343)), -tl.log(tl.where(upper, 1 - p, p)))
     return -tl.log(w)
 
