@@ -12,6 +12,7 @@ from penstock.engine.attention.base import Columns, Int32, KVPool, LayerAttentio
 from penstock.engine.kernels.decode_attention import Decodes, Turns, attend_decodes, splits_for
 from penstock.engine.kernels.heads import turn_heads
 from penstock.engine.kernels.paged_attention import Chunks, attend_chunks, queries_in_tile, write_rows
+from penstock.engine.kernels.processors import processors_of
 
 TILE = ("slots", "starts", "firsts", "counts")  # of `Chunks`
 
@@ -35,7 +36,7 @@ class TritonAttention:
         self.table = torch.zeros((slots + 1, columns), dtype=torch.int32, device=device)
         self.kv_heads = max(layer.kv_heads for layer in layers)
         self.tickets = torch.zeros((slots + 1) * self.kv_heads, dtype=torch.int32, device=device)
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self.processors = processors_of(device)
         self.tiles = {
             queries_in_tile(layer.heads // layer.kv_heads, layer.head_dim, dtype or pool.dtype): None for layer in layers
         }  # an ordered set: how many queries a tile holds is all that layers differ in

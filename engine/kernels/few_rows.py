@@ -15,6 +15,7 @@ from torch import Tensor
 
 from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
 from penstock.engine.kernels.gate import ACTIVATIONS
+from penstock.engine.kernels.processors import processors_of
 from penstock.engine.kernels.tiles import Tiles
 from penstock.engine.lora.layout import PagePool, Place
 from penstock.engine.model.norm import Norm
@@ -34,7 +35,6 @@ class Shrink(ctypes.Structure):
 KINDS = (*[c_void_p] * 6, c_uint64, c_int, c_int, c_int, c_float, Shrink.from_buffer_copy)
 CHUNK = 32  # of the inner dimension, which must be a multiple of it
 COLUMNS = 16  # of a group
-PROCESSORS_ELSEWHERE = 4  # where there is no GPU
 LONG = 2048  # inner dimension from which a block has more warps
 # With more rows than this, what is read of them is no longer little beside the weight, and the library is faster: at once where the inner
 # dimension is long.
@@ -109,8 +109,7 @@ def multiply_few(
     rows, inner = x.shape
     outer = weight.shape[0] if activation is None else weight.shape[0] // 2
     out = torch.empty((rows, outer), dtype=x.dtype, device=x.device)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else PROCESSORS_ELSEWHERE
-    cut = blocks_for(inner, weight.shape[0], processors)
+    cut = blocks_for(inner, weight.shape[0], processors_of(x.device))
     kernel = _kernel(
         x.device, cut, 1 if rows <= 8 else 2 if rows <= 16 else 4,
         0 if norm is None else 1 if norm.weight.dtype == x.dtype else 2, -1 if activation is None else ACTIVATIONS.index(activation),

@@ -13,6 +13,7 @@ from torch import Tensor
 from penstock.engine.attention.base import Columns, Int32
 from penstock.engine.kernels.expand import expand_rows
 from penstock.engine.kernels.few_rows import Begun
+from penstock.engine.kernels.processors import processors_of
 from penstock.engine.kernels.shrink import shrink_rows, split_for
 from penstock.engine.kernels.tiles import LARGE, MOST_SLICES, SMALL, Cut, Tiles
 from penstock.engine.lora.base import AdaptedRows, Pages
@@ -41,7 +42,7 @@ class TritonAdapters:
             raise ValueError(f"at most {MOST_SLICES} products of one input can be adapted together")
         self.pool, self.rows, self.active = pool, rows, False
         device = pool.data.device
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self.processors = processors_of(device)
         self.whole: Cut = Cut(0, SMALL, 0, 0, 0)
         self.sampled: Cut | None = None
         self.step: Tiles | None = None
