@@ -46,7 +46,7 @@ def merge(parts: Sequence[Lora], recipe: Recipe) -> Lora:
         signed = [math.copysign(root, weight) for root, (_, _, weight) in zip(roots, present, strict=True)]
         sides: list[Tensor] = []
         for side, factors in enumerate((signed, roots)):
-            tensors = [part.exact(name)[side] for _, part, _ in present]
+            tensors = [part.weights[name][side].float() for _, part, _ in present]
             if method == "ties":
                 tensors = [_largest(tensor, recipe.density) for tensor in tensors]
             elif method != "linear":

@@ -42,11 +42,6 @@ class Lora:
         """The largest."""
         return max(len(a) for a, _ in self.weights.values())
 
-    def exact(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and B of a site, float32: merging needs them so."""
-        a, b = self.weights[name]
-        return a.float(), b.float()
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -95,7 +90,7 @@ def _broken(lora: Lora) -> list[str]:
 
 
 def _views(path: Path, entries: Iterable[Entry]) -> dict[str, Tensor]:
-    """The tensors of a file whose header was found to be sound, in as few of torch's operations as can be: see `PageLayout.matrices`."""
+    """The tensors of a file whose header was found to be sound, in as few of torch's operations as can be: see `PageLayout.pieces`."""
     whole: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "c")
     (length,) = struct.unpack("<Q", whole[:8].data)
     header, found = json.loads(whole[8 : 8 + length].tobytes()), {}
