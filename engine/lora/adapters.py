@@ -38,7 +38,8 @@ class Adapters:
             raise ValueError(f"an adapter of {tuple(data.shape)} {data.dtype}, {tuple(used.shape)}: expected {expected}")
 
     def write(self, pages: Sequence[int], data: Tensor, used: Tensor) -> None:
-        """Put an adapter (`PageLayout.lay_out`) into pages that no slot has. Raises `ValueError` if it is not one of this model."""
+        """Put an adapter, as `engine.lora.store.read_pages` gives it, into pages that no slot has. Raises `ValueError` if it is not one of
+        this model."""
         self.check(pages, data, used)
         self.pool.write(pages, data, used)
 

@@ -86,24 +86,15 @@ class PageLayout:
         self.places, self.elements = tuple(places), end
         self.digest = blake2b(repr((RANKS, ALIGNMENT, groups)).encode(), digest_size=16).hexdigest()
 
-    def lay_out(self, weights: Weights, scales: Mapping[str, float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """An adapter's pages `[pages, elements]`, and how many rank rows each site has in each, int32 `[pages, sites]`. `scales` are those
-        of B, by the names of sites."""
-        data = torch.zeros((pages_for(weights), self.elements), dtype=dtype)
-        content = data.view(torch.uint8).numpy()
-        for page, at, rows in self.matrices(weights, scales, dtype):
-            content[page, at : at + rows.size] = rows.reshape(-1)
-        return data, self.used(weights)
-
     def used(self, weights: Weights) -> Tensor:
         """How many rank rows each site has in each page, int32 `[pages, sites]`."""
         ranks = torch.tensor([len(weights[site.name][0]) if site.name in weights else 0 for site in self.sites], dtype=torch.int32)
-        firsts = torch.arange(pages_for(weights), dtype=torch.int32)[:, None] * RANKS
-        return (ranks - firsts).clamp(0, RANKS)
+        firsts = torch.arange(0, int(ranks.max()), RANKS, dtype=torch.int32)
+        return (ranks - firsts[:, None]).clamp(0, RANKS)
 
-    def matrices(self, weights: Weights, scales: Mapping[str, float], dtype: torch.dtype) -> Iterator[tuple[int, int, Bytes]]:
-        """What an adapter has, piece by piece: in which page, from which of its bytes on, and rows of A or B `[rows, bytes]`, contiguous.
-        B is scaled in float32.
+    def pieces(self, weights: Weights, scales: Mapping[str, float], dtype: torch.dtype) -> Iterator[tuple[int, int, Bytes]]:
+        """What an adapter has in its pages `[pages, elements]`, which are zero elsewhere: in which page, from which of its bytes on, and
+        rows of A or B `[rows, bytes]`, contiguous. `scales` are those of B, by the names of sites; it is scaled in float32.
 
         Some sites that are alike at a time: each of torch's operations gives up Python's lock and asks for it again, and where other
         threads prepare adapters, too, that takes longer than what a small one does."""
@@ -125,11 +116,6 @@ class PageLayout:
                     for side, first in zip(sides, firsts, strict=True):
                         for page, rank in enumerate(range(0, side.shape[1], RANKS)):
                             yield page, first * dtype.itemsize, side[number, rank : rank + RANKS]
-
-
-def pages_for(weights: Weights) -> int:
-    """How many an adapter takes."""
-    return max((-(-len(a) // RANKS) for a, _ in weights.values()), default=0)
 
 
 def layout_of(groups: Iterable[Group]) -> PageLayout:

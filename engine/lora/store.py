@@ -22,7 +22,7 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  #
 
 
 def write_pages(path: Path, layout: PageLayout, lora: Lora, dtype: torch.dtype) -> None:
-    """What `PageLayout.lay_out` makes of an adapter. Whoever reads `path` finds all of it or nothing. Raises `OSError`.
+    """An adapter's `PageLayout.pieces` in their places. Whoever reads `path` finds all of it or nothing. Raises `OSError`.
 
     Matrix by matrix: to lay out all of it in memory would take longer, since none of that memory was there before.
     """
@@ -38,10 +38,18 @@ def write_pages(path: Path, layout: PageLayout, lora: Lora, dtype: torch.dtype) 
     text += b" " * (-len(text) % 8)
     start = struct.pack("<Q", len(text)) + text
     with made_apart(path) as made, made.open("wb", buffering=0) as file:
-        file.write(start)
-        for number, at, rows in layout.matrices(lora.weights, lora.scales, dtype):
-            os.pwrite(file.fileno(), rows.data, len(start) + number * page + at)
-        os.pwrite(file.fileno(), used.numpy().data, len(start) + end)  # what lies between is zero
+        _write(file.fileno(), start, 0)
+        for number, at, rows in layout.pieces(lora.weights, lora.scales, dtype):
+            _write(file.fileno(), rows.data, len(start) + number * page + at)
+        _write(file.fileno(), used.numpy().data, len(start) + end)  # what lies between is zero
+
+
+def _write(file: int, content: bytes | memoryview, at: int) -> None:
+    """All of it: where a disk is nearly full, one call may take a part only."""
+    left = memoryview(content).cast("B")
+    while left:
+        taken = os.pwrite(file, left, at)
+        left, at = left[taken:], at + taken
 
 
 def read_size(path: Path) -> tuple[int, int]:

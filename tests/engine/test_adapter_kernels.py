@@ -16,6 +16,7 @@ from penstock.engine.lora.base import AdaptedRows, Pages
 from penstock.engine.lora.layout import RANKS, PagePool, Place, Site, layout_of
 
 from .interpreted import DEVICE, GPU, apart, assert_passes, here
+from .laying import lay_out
 
 if TYPE_CHECKING:
     from penstock.engine.lora.triton import TritonAdapters
@@ -64,7 +65,7 @@ class Adapters:
                 for site in self.layout.sites
                 if site.name in ranks
             }
-            data, used = self.layout.lay_out(self.weights[name], dict.fromkeys(self.weights[name], 1.0), dtype)
+            data, used = lay_out(self.layout, self.weights[name], dtype)
             self.pages[name] = tuple(free.pop() for _ in data)
             self.pool.write(self.pages[name], data, used)
             for page, rows in zip(self.pages[name], used.tolist(), strict=True):

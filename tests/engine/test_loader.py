@@ -16,7 +16,9 @@ from penstock.engine.lora.host import HostPages
 from penstock.engine.lora.layout import PageLayout, PagePool, Site
 from penstock.engine.lora.loader import AdapterLoader
 from penstock.engine.lora.read import Lora
-from penstock.engine.lora.store import write_pages
+from penstock.engine.lora.store import read_pages, write_pages
+
+from .laying import lay_out
 
 LAYOUT = PageLayout([(Site("q", 32, 48), Site("k", 32, 16)), (Site("o", 48, 32),)])
 OTHER = PageLayout([(Site("q", 32, 64),)])
@@ -50,7 +52,20 @@ def write(path: Path, layout: PageLayout, rank: int, dtype: torch.dtype = torch.
     weights = {site.name: (torch.randn(rank, site.in_features), torch.randn(site.out_features, rank)) for site in layout.sites}
     lora = Lora(weights, dict.fromkeys(weights, 0.3), "")
     write_pages(path, layout, lora, dtype)
-    return layout.lay_out(lora.weights, lora.scales, dtype)
+    return lay_out(layout, lora.weights, dtype, lora.scales)
+
+
+@pytest.mark.parametrize("most", [1 << 20, 1000], ids=["whole", "in parts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_pages_are_written_in_whatever_parts_the_disk_takes_them(
+    dtype: torch.dtype, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, content, at: pwrite(file, content[:most], at))
+    data, used = write(tmp_path / "good", LAYOUT, 20, dtype)
+    got = read_pages(tmp_path / "good")
+    assert torch.equal(got[0], data)
+    assert torch.equal(got[1], used)
 
 
 def test_an_adapter_comes_to_its_pages(loader: AdapterLoader, tmp_path: Path) -> None:

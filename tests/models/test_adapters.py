@@ -28,6 +28,7 @@ from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
 
 from ..engine.driver import request, run  # noqa: TID252
+from ..engine.laying import lay_out  # noqa: TID252
 from .test_families import COMMON
 
 VOCAB = 211
@@ -126,7 +127,7 @@ class Served:
         self.loads: list[Load] = []
         for name, folder in family.adapters.items():
             lora = read_adapter(folder, sites)
-            data, used = self.layout.lay_out(lora.weights, lora.scales, model.dtype)
+            data, used = lay_out(self.layout, lora.weights, model.dtype, lora.scales)
             digest = blake2b(name.encode(), digest_size=32).digest()
             self.known[name], self.content[digest] = Adapter(digest, len(data)), (data, used)
 

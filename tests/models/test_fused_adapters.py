@@ -22,6 +22,7 @@ from penstock.engine.staging import HostStaging
 
 from ..engine.driver import request, run  # noqa: TID252
 from ..engine.interpreted import DEVICE, GPU, apart, assert_passes, here  # noqa: TID252
+from ..engine.laying import lay_out  # noqa: TID252
 from .test_fused import build, sized
 from .test_native import make
 
@@ -75,7 +76,7 @@ class Adapted:
                 for number, site in enumerate(adapters.layout.sites)
                 if digest != b"low" or number % 3
             }
-            data, used = adapters.layout.lay_out(weights, dict.fromkeys(weights, 1.0), model.dtype)
+            data, used = lay_out(adapters.layout, weights, model.dtype)
             self.known[digest], self.content[digest] = Adapter(digest, len(data)), (data, used)
 
     def load(self, load: Load) -> None:
