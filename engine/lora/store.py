@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from penstock.engine.kernels.cache import made_apart
 from penstock.engine.lora.errors import AdapterError
-from penstock.engine.lora.layout import PageLayout
+from penstock.engine.lora.layout import Bytes, PageLayout
 from penstock.engine.lora.read import Lora
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
@@ -69,6 +69,33 @@ def read_pages(path: Path) -> tuple[Tensor, Tensor]:
         return file.get_tensor("data"), file.get_tensor("used")
 
 
+class PageFile:
+    """A file of pages, to be read part by part, by several threads at once: where memory is mapped, each 4 KiB of it are asked for by
+    themselves. What is in it `read_pages` checks."""
+
+    def __init__(self, path: Path) -> None:
+        with _reading(path):
+            self._path, self._file = path, path.open("rb", buffering=0)
+            self._begin = 8 + struct.unpack("<Q", self._file.read(8))[0]  # `data` lies first
+
+    def read(self, into: Sequence[Bytes], at: int) -> None:
+        """Fill arrays one after another, from byte `at` of the pages. Raises `AdapterError` (broken_adapter)."""
+        with _reading(self._path):
+            left, at = [part.data for part in into if len(part)], self._begin + at
+            while left:
+                taken = os.preadv(self._file.fileno(), left, at)
+                if not taken:
+                    raise ValueError(f"it ends after {at} bytes")
+                at += taken
+                while left and taken >= len(left[0]):
+                    taken -= len(left.pop(0))
+                if taken:
+                    left[0] = left[0][taken:]
+
+    def close(self) -> None:
+        self._file.close()
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     from safetensors import SafetensorError
@@ -77,5 +104,5 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise AdapterError("missing_adapter", f"{path}: there is no such file") from error
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, struct.error) as error:
         raise AdapterError("broken_adapter", f"{path}: {error}") from error

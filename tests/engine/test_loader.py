@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
+import numpy as np
 import pytest
 import torch
 
 from penstock.engine.lora import host
 from penstock.engine.lora.adapters import Adapters
+from penstock.engine.lora.errors import AdapterError
 from penstock.engine.lora.host import HostPages
 from penstock.engine.lora.layout import PageLayout, PagePool, Site
 from penstock.engine.lora.loader import AdapterLoader
 from penstock.engine.lora.read import Lora
-from penstock.engine.lora.store import read_pages, write_pages
+from penstock.engine.lora.store import PageFile, read_pages, write_pages
 
 from .laying import lay_out
 
@@ -66,6 +68,28 @@ def test_pages_are_written_in_whatever_parts_the_disk_takes_them(
     got = read_pages(tmp_path / "good")
     assert torch.equal(got[0], data)
     assert torch.equal(got[1], used)
+
+
+@pytest.mark.parametrize("most", [1 << 20, 1000], ids=["whole", "in parts"])
+def test_a_page_is_read_in_whatever_parts_the_disk_gives_them(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+
+    def some(file: int, into: list[memoryview], at: int) -> int:
+        first = into[0][:most]
+        return preadv(file, [first] if len(first) < len(into[0]) else into, at)
+
+    monkeypatch.setattr(os, "preadv", some)
+    data, _ = write(tmp_path / "good", LAYOUT, 20)
+    bytes_of = data.view(torch.uint8).flatten().numpy()
+    parts = [np.zeros(size, np.uint8) for size in (3000, 0, 64, 2500)]
+    file = PageFile(tmp_path / "good")
+    file.read(parts, 1234)
+    assert np.array_equal(np.concatenate(parts), bytes_of[1234 : 1234 + 5564])
+    os.truncate(tmp_path / "good", 5000)
+    with pytest.raises(AdapterError, match="it ends after") as caught:
+        file.read(parts, 1234)
+    file.close()
+    assert caught.value.code == "broken_adapter"
 
 
 def test_an_adapter_comes_to_its_pages(loader: AdapterLoader, tmp_path: Path) -> None:
