@@ -138,8 +138,9 @@ class ExecutorActor(Actor):
             raise Refusal(code, f"step {done.step}: {done.error}", actor=self.kind)
 
     def load(self) -> dict[str, Any]:
-        """`in_flight`: a step that never ends shows, although this loop goes on. The rest is `StepTimes.figures`."""
-        return {"in_flight": self.waiting} | self.times.figures() | self.runner.figures()
+        """`in_flight`: a step that never ends shows, although this loop goes on. `preparing`: it still captures graphs when it rests. The
+        rest is `StepTimes.figures`."""
+        return {"in_flight": self.waiting, "preparing": self.preparing} | self.times.figures() | self.runner.figures()
 
     def finish(self) -> None:
         self._close_profile()
