@@ -1,13 +1,15 @@
 """`penstock bench adapters --oversubscribed`: more adapters in use than fit on the device, so that they take turns on it.
 
-Each adapter in use has one stream open, and asks again when that ends. A rehearsal has made all of them ready on this machine before, so
-what is measured is how they share the pages, not how they are made ready.
+Each adapter in use has one stream open, and asks for something else when that ends. A rehearsal has made all of them ready on this machine
+before, so what is measured is how they share the pages, not how they are made ready. The prefix cache is on: a stream that gave way finds
+its own keys there. No prompt comes twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from itertools import chain
 from statistics import median_low
 from typing import Any
@@ -29,13 +31,11 @@ async def oversubscribed(
     if in_use > registered:
         raise refuse("in_use", in_use, f"at most as many as are registered, {registered}")
     pages = sum(pages_of(demand.ranks, pool))
-    async with engine_with(model, in_use, demand.ranks, pages, names=registered, **config) as (client, names):
-        base_work, work = (adapted(in_use, demand.prompt, demand.output, some, client.model["vocab_size"]) for some in ([], names))
-        await rehearse(client, base_work)
-        base, _ = await _run(client, base_work, rounds)
-        await rehearse(client, work)
-        before = await settled(client)
-        run, by_adapter = await _run(client, work, rounds)
+    async with engine_with(model, in_use, demand.ranks, pages, names=registered, **{"prefix_cache": True, **config}) as (client, names):
+        vocab = client.model["vocab_size"]
+        base_work, work = (adapted(in_use * (rounds + 1), demand.prompt, demand.output, some, vocab) for some in ([], names))
+        base, _, _ = await _run(client, base_work, in_use)
+        run, by_adapter, before = await _run(client, work, in_use)
         after = await settled(client)
         facts = client.model
     times = [[when for trace in traces for when in trace.times()] for traces in by_adapter]
@@ -60,13 +60,16 @@ def shares(served: list[int]) -> dict[str, float]:
     return {"jain_index": index, "share_min": min(served) / mean, "share_max": max(served) / mean}
 
 
-async def _run(client: AsyncClient, work: Workload, rounds: int) -> tuple[Run, list[list[Trace]]]:
-    """Each item `rounds` times, one after another; the traces also by item."""
+async def _run(client: AsyncClient, work: Workload, at_once: int) -> tuple[Run, list[list[Trace]], dict[str, Any]]:
+    """`at_once` streams, each of which asks for every so-many-th item, one after another, but for the first: those are the rehearsal.
+    Returns also the traces by stream, and the report before."""
 
-    async def repeat(item: Item) -> list[Trace]:
-        return [await run_item(client, item) for _ in range(rounds)]
+    async def ask(items: list[Item]) -> list[Trace]:
+        return [await run_item(client, item) for item in items]
 
+    await rehearse(client, replace(work, items=work.items[:at_once]))
+    before = await settled(client)
     begun = time.perf_counter()
-    by_item = list(await asyncio.gather(*(repeat(item) for item in work.items)))
-    seconds, traces = time.perf_counter() - begun, [trace for traces in by_item for trace in traces]
-    return Run(seconds, rounds * work.input_tokens, traces), by_item
+    by_stream = list(await asyncio.gather(*(ask(work.items[at_once + first :: at_once]) for first in range(at_once))))
+    seconds, traces = time.perf_counter() - begun, [trace for traces in by_stream for trace in traces]
+    return Run(seconds, sum(len(item.ids) for item in work.items[at_once:]), traces), by_stream, before
