@@ -13,6 +13,7 @@ from penstock.engine.kernels.decode_attention import Decodes, Turns, attend_deco
 from penstock.engine.kernels.heads import turn_heads
 from penstock.engine.kernels.paged_attention import Chunks, attend_chunks, queries_in_tile, write_rows
 from penstock.engine.kernels.processors import processors_of
+from penstock.engine.kernels.row_attention import attend_rows, suits_rows
 
 TILE = ("slots", "starts", "firsts", "counts")  # of `Chunks`
 
@@ -126,15 +127,16 @@ class TritonAttention:
     ) -> Tensor:
         """From a layer's fused product `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads, dim]`: norm and turn the heads, write
         keys and values, attend. See `engine.kernels.heads.turn_heads`. A step of decodes alone does it all in one launch."""
-        if self.chunks or self.decodes is None:
-            q = turn_heads(
-                qkv, weights, epsilon, cos, sin, positions, self.places, layer.keys, layer.values, alike=self.deterministic
-            )  # fmt: skip
-            return self.attend_written(layer, q)
         shape = layer.shape
-        out = qkv.new_empty((len(qkv), shape.heads, shape.value_dim))
+        heads = qkv.view(len(qkv), -1, shape.head_dim)
+        pool = layer.keys, layer.values
+        if self.chunks or self.decodes is None:
+            q = turn_heads(qkv, weights, epsilon, cos, sin, positions, self.places, *pool, alike=self.deterministic)
+            return self.attend_written(layer, q)
+        out = heads.new_empty((len(heads), shape.heads, shape.value_dim))
         turns = Turns(weights, epsilon, cos, sin, self.places)
-        attend_decodes(
-            qkv.view(len(qkv), -1, shape.head_dim), layer.keys, layer.values, out, self.decodes, self.tickets, shape, None, turns
-        )  # fmt: skip
+        if suits_rows(shape, turns, heads, layer.keys):
+            attend_rows(heads, *pool, out, self.decodes, self.tickets, shape, turns)
+        else:
+            attend_decodes(heads, *pool, out, self.decodes, self.tickets, shape, None, turns)
         return out

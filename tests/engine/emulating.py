@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from penstock.engine.kernels import few_rows
+from penstock.engine.kernels import few_rows, row_attention
 
 HEADER = Path(__file__).with_name("emulated") / "warp.cuh"
 NAMES = ("TILES", "NORM", "KIND", "BIAS", "ADD", "ADAPTED")
@@ -51,3 +51,10 @@ def emulated(_: torch.device, cut: few_rows.Blocks, *values: int) -> EmulatedKer
     """In the place of `few_rows._kernel`."""
     defines = {"WARPS": cut.warps, "GROUPS": cut.groups, **dict(zip(NAMES, map(int, values), strict=True))}
     return EmulatedKernel(few_rows.SOURCE, "few_rows", few_rows.KINDS, defines)
+
+
+@cache
+def emulated_rows(_: torch.device, *values: int) -> EmulatedKernel:
+    """In the place of `row_attention._kernel`."""
+    defines = dict(zip(("HEADS", "KV_HEADS", "DIM", "SIZE", "PAIRS", "NORM", "WINDOW"), map(int, values), strict=True))
+    return EmulatedKernel(row_attention.SOURCE, "row_attention", row_attention.KINDS, defines)

@@ -11,12 +11,14 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static  // blocks run one after another
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long s64;
 
+using std::max;
 using std::min;
 
 struct Index { u32 x; };
@@ -54,6 +56,8 @@ inline Quad load(const void* at) {
 }
 
 inline Quad load_constant(const void* at) { return load(at); }
+inline Quad load_shared(const void* at) { return load(at); }
+inline Quad load_where(const void* at, bool inside) { return inside ? load(at) : Quad{}; }
 
 inline float __uint_as_float(u32 bits) {
   float x;
@@ -96,16 +100,30 @@ inline void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   meet_warp();
 }
 
-inline float sum_of_four(float x) {
-  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  shared_floats[warp][lane] = x;
+inline u32 pick_half(u32 x, u32 y, bool upper) { return upper ? x >> 16 | (y & 0xffff0000) : (x & 0xffff) | y << 16; }
+
+inline float from_lane(float x, int lane) {
+  const u32 warp = threadIdx.x / 32;
+  shared_floats[warp][threadIdx.x % 32] = x;
   meet_warp();
-  float sum = 0;
-  for (int i = 0; i < 4; i++) sum += shared_floats[warp][lane / 4 * 4 + i];
+  const float theirs = shared_floats[warp][lane];
   meet_warp();
-  return sum;
+  return theirs;
 }
 
+template <class Both>
+inline float among(float x, int lanes, Both both) {
+  for (int i = 1; i < lanes; i *= 2) x = both(x, from_lane(x, (threadIdx.x % 32) ^ i));
+  return x;
+}
+
+inline float sum_of_four(float x) { return among(x, 4, [](float a, float b) { return a + b; }); }
+inline float sum_of_warp(float x) { return among(x, 32, [](float a, float b) { return a + b; }); }
+inline float max_of_four(float x) { return among(x, 4, [](float a, float b) { return max(a, b); }); }
+inline bool any_of_warp(bool x) { return among(x, 32, [](float a, float b) { return max(a, b); }) > 0; }
+
+inline u32 take_ticket(u32* tickets) { return (*tickets)++; }
+inline float load_far(const float* at) { return *at; }
 inline void wait_for_kernel_before() {}
 
 // As cuLaunchKernel does it, `values` are the addresses of the arguments. Returns 0; or 1 if threads wait for some that never come.

@@ -1,0 +1,92 @@
+"""Attention of decodes as fast as keys and values can be read: what `engine.kernels.decode_attention` does with `Turns`, for the shapes
+that most models have. How it works is in row_attention.cu beside this."""
+
+from __future__ import annotations
+
+import warnings
+from ctypes import c_float, c_int, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.engine.attention.base import LayerShape
+from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
+from penstock.engine.kernels.decode_attention import Decodes, Turns
+from penstock.engine.kernels.processors import processors_of
+
+SOURCE = Path(__file__).with_name("row_attention.cu")
+KINDS = (*[c_void_p] * 14, c_uint64, *[c_int] * 4, c_float, c_float)
+WARPS = 8
+DIMS = (64, 128)
+MOST_SPLITS = 16
+FULL = 5  # units that a warp has, where a block is to have many
+LARGE, VERY_FEW = 4096, 16  # width of all heads, and blocks, see `split_for`
+MOST_SHARED = 8  # query heads of one KV head
+UNIT = 16  # keys that a warp takes at once; blocks of the pool hold a multiple of it
+
+
+def suits_rows(shape: LayerShape, turns: Turns, heads: Tensor, keys: Tensor) -> bool:
+    """Whether `attend_rows` can attend with these heads into such a pool."""
+    plain = shape.softcap is None and not shape.sinks and shape.head_dim == shape.value_dim
+    sized = shape.head_dim in DIMS and shape.heads // shape.kv_heads <= MOST_SHARED and keys.shape[2] % UNIT == 0
+    kinds = {heads.dtype, keys.dtype, heads.dtype if turns.weights is None else turns.weights.dtype}
+    return plain and sized and kinds == {torch.bfloat16} and keys.is_cuda and _compiles(keys.device)
+
+
+@cache
+def _compiles(device: torch.device) -> bool:
+    """Whether kernels can be compiled for a device; a warning says why not. Then Triton's attend."""
+    try:
+        _kernel(device, 8, 8, 64, UNIT, 32, False, False)
+    except (CudaError, OSError) as error:
+        warnings.warn(f"decodes attend slower: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Among how many blocks to split the keys of a row at most, and how many units each has at least."""
+
+    most: int
+    least: int
+
+
+def split_for(shape: LayerShape, rows: int, processors: int) -> Split:
+    """Measured best, or near it, at 576 keys and at 2,048: a block or two for each multiprocessor. A split of two is for long rows only. So
+    it is where the products around are large, unless rows are the very fewest: blocks that are free read the next product's first
+    weights meanwhile."""
+    programs = max(1, rows * shape.kv_heads)
+    most = processors // programs if programs <= processors // 4 else 2 * processors // programs
+    short = most > 2 and (shape.heads * shape.head_dim < LARGE or programs <= VERY_FEW)
+    return Split(max(1, min(MOST_SPLITS, most)), WARPS if short else FULL * WARPS)
+
+
+def attend_rows(
+    qkv: Tensor, keys: Tensor, values: Tensor, out: Tensor, decodes: Decodes, tickets: Tensor, shape: LayerShape, turns: Turns
+) -> None:
+    """Attend with the first rows of the fused product qkv `[tokens, heads + 2 * kv_heads, head_dim]`, whose last two dimensions lie
+    together, into the same of out `[tokens, heads, head_dim]`, contiguous; the newest keys and values are written to the pool. See
+    `suits_rows`, and `attend_decodes`. Raises `CudaError` if the kernel cannot be compiled or launched."""
+    heads, kv_heads, dim, rows = shape.heads, shape.kv_heads, shape.head_dim, decodes.rows
+    kernel = _kernel(
+        qkv.device, heads, kv_heads, dim, keys.shape[2], turns.cos.shape[1], turns.weights is not None, shape.window is not None
+    )  # fmt: skip
+    split = split_for(shape, rows, processors_of(qkv.device))
+    parts = out if split.most == 1 else torch.empty(rows * heads * split.most * (dim + 2), dtype=torch.float32, device=qkv.device)
+    columns = (qkv, keys, values, out, decodes.slots, decodes.starts, turns.places, decodes.table, decodes.count)
+    kernel.launch(
+        rows * kv_heads * split.most, 32 * WARPS, *(column.data_ptr() for column in columns),
+        None if turns.weights is None else turns.weights.data_ptr(), turns.cos.data_ptr(), turns.sin.data_ptr(), parts.data_ptr(),
+        tickets.data_ptr(), qkv.stride(0), decodes.table.shape[1], shape.window or 0, split.most, split.least, shape.scaling,
+        turns.epsilon,
+    )  # fmt: skip
+
+
+@cache
+def _kernel(device: torch.device, heads: int, kv_heads: int, dim: int, size: int, pairs: int, norm: bool, window: bool) -> CudaKernel:
+    defines = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "SIZE": size, "PAIRS": pairs, "NORM": int(norm), "WINDOW": int(window)}
+    return load_kernel(SOURCE, "row_attention", KINDS, defines, device)
