@@ -39,13 +39,14 @@ class Mix:
 @dataclass(frozen=True, slots=True)
 class Size:
     """How much a graph has room for. Without `chunks` there is a decode for each token, and every token is sampled. Without a `mix` all
-    tokens are the base model's, and adapters cost nothing."""
+    tokens are the base model's, and adapters cost nothing. `prompt`: the chunk is one alone, a long prompt from its beginning."""
 
     tokens: int
     samples: int
     chunks: bool
     plain: bool
     mix: Mix | None = None
+    prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +129,8 @@ class StepGraphs:
         mix = self._mix() if adapted else None
         if adapted and mix is None:
             return None
-        size = Size(sizes[at], self._samples(samples, sizes[at]) if chunks else sizes[at], chunks, plain, mix)
+        samples = self._samples(samples, sizes[at]) if chunks else sizes[at]
+        size = Size(sizes[at], samples, chunks, plain, mix, chunks and self.attention.prompt)
         self._seen[size] += 1
         known = size in self._graphs or not chunks or self._seen[size] > 1
         return size if known and size not in self._unfit else None
@@ -224,7 +226,7 @@ class StepGraphs:
         temperature = sent["draw.temperature"].view(torch.float32)[: size.samples]
 
         def step() -> Tensor:
-            self.attention.begin_sized(sent, min(self.nobody, size.tokens), self.attention.longest)
+            self.attention.begin_sized(sent, min(self.nobody, size.tokens), self.attention.longest, prompt=size.prompt)
             if size.mix is None or self.adapters is None:
                 logits = run_model(self.model, self.last, sent)
             else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import Columns, Int32, KVPool, LayerAttention, LayerShape, StepRows
+from penstock.engine.attention.prompt import LONG, attend_prompt, suits_prompt
 from penstock.engine.kernels.decode_attention import Decodes, Turns, attend_decodes, splits_for
 from penstock.engine.kernels.heads import turn_heads
 from penstock.engine.kernels.paged_attention import Chunks, attend_chunks, queries_in_tile, write_rows
@@ -45,6 +46,9 @@ class TritonAttention:
         self.chunks: dict[int, Chunks] = {}
         self.places = self.table
         self._grid = (0, 0)  # decodes, and the longest of them
+        self.prompt = False  # whether the step that was prepared last is one long prompt from its beginning
+        self._prompt = False  # whether the one that was begun last may be treated so
+        self._suits_prompt = not deterministic and all(suits_prompt(layer, dtype or pool.dtype, pool.dtype, device) for layer in layers)
 
     @property
     def longest(self) -> int:
@@ -54,6 +58,7 @@ class TritonAttention:
     def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
         decodes = 0 if self.deterministic else rows.decodes
         self._grid = (decodes, int(rows.starts[:decodes].max()) + 1 if decodes else 0)
+        self.prompt = self._suits_prompt and len(rows.slots) == 1 and int(rows.starts[0]) == 0 and int(rows.counts[0]) >= LONG
         sent: Columns = {"places": places, "decodes": np.array([decodes])}
         slots, columns = rows.written
         if len(slots):
@@ -92,8 +97,10 @@ class TritonAttention:
         self.write_table(columns)
         self.begin_sized(columns, *self._grid)
 
-    def begin_sized(self, columns: Mapping[str, Tensor], decodes: int, longest: int) -> None:
-        """`begin`, for up to so many decodes, which are the first tokens; `longest` only decides how many programs share one."""
+    def begin_sized(self, columns: Mapping[str, Tensor], decodes: int, longest: int, *, prompt: bool = False) -> None:
+        """`begin`, for up to so many decodes, which are the first tokens; `longest` only decides how many programs share one. `prompt`: the
+        step is one prompt from its beginning, and what fills it up."""
+        self._prompt = prompt
         self.places = columns["places"]
         decodes = 0 if self.deterministic else decodes
         splits = splits_for(decodes, self.kv_heads, self.processors, longest)
@@ -130,6 +137,10 @@ class TritonAttention:
         shape = layer.shape
         heads = qkv.view(len(qkv), -1, shape.head_dim)
         pool = layer.keys, layer.values
+        if self._prompt:
+            k = heads.new_empty((len(heads), shape.kv_heads, shape.head_dim))
+            q = turn_heads(qkv, weights, epsilon, cos, sin, positions, self.places, *pool, kept=k)
+            return attend_prompt(q, k, heads[:, -shape.kv_heads :], shape.scaling)
         if self.chunks or self.decodes is None:
             q = turn_heads(qkv, weights, epsilon, cos, sin, positions, self.places, *pool, alike=self.deterministic)
             return self.attend_written(layer, q)

@@ -40,9 +40,9 @@ def turned(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _turn(  # type: ignore[no-untyped-def]
-    qkv, weights, cos, sin, positions, places, q, keys, values, tokens, qkv_row, epsilon,
+    qkv, weights, cos, sin, positions, places, q, keys, values, kept, tokens, qkv_row, epsilon,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
-    TOKENS: tl.constexpr, PADDED_DIM: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKENS: tl.constexpr, PADDED_DIM: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: some tokens of one head of queries, keys or values."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -64,6 +64,8 @@ def _turn(  # type: ignore[no-untyped-def]
     if head < HEADS:
         tl.store(q + (token.to(tl.int64)[:, None] * HEADS + head) * DIM + d[None, :], x, mask=mask)
     else:
+        if KEEP and head < HEADS + KV_HEADS:
+            tl.store(kept + (token.to(tl.int64)[:, None] * KV_HEADS + head - HEADS) * DIM + d[None, :], x, mask=mask)
         mask = mask & (place >= 0)[:, None]
         kv_head = (head - HEADS) % KV_HEADS
         line = (place // SIZE * KV_HEADS + kv_head) * SIZE + place % SIZE
@@ -75,14 +77,15 @@ def _turn(  # type: ignore[no-untyped-def]
 
 def turn_heads(
     qkv: Tensor, weights: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor, positions: Tensor, places: Tensor, keys: Tensor,
-    values: Tensor, *, alike: bool = False,
+    values: Tensor, *, kept: Tensor | None = None, alike: bool = False,
 ) -> Tensor:  # fmt: skip
     """Norm and turn queries and keys, write keys and values to the pool, return the queries `[tokens, heads, dim]`.
 
     qkv `[tokens, (heads + 2 * kv_heads) * dim]`: queries, keys, values. `weights` `[heads + kv_heads, dim]` of an RMSNorm over each
     head, or None. cos and sin float32 `[positions, pairs]` of the first `2 * pairs` dimensions of a head, of which one and the one
     `pairs` further on turn together. positions int64 `[tokens]`; places int64 `[tokens]`, counted in tokens from the start of the pool,
-    or below 0: then nothing is written. keys and values `[blocks, kv_heads, block_size, dim]`, of qkv's dtype or e4m3.
+    or below 0: then nothing is written. keys and values `[blocks, kv_heads, block_size, dim]`, of qkv's dtype or e4m3. `kept` `[tokens,
+    kv_heads, dim]` gets all keys, too.
     `alike`: programs are the same for any number of tokens, and so are the bits of a token's norms, whose order of summing is the
     compiler's.
     """
@@ -92,9 +95,10 @@ def turn_heads(
     q = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
     block = 1 if tokens <= 64 and not alike else TOKENS
     _turn[(triton.cdiv(tokens, block), heads + 2 * kv_heads)](
-        qkv, q if weights is None else weights, cos, sin, positions, places, q, keys, values, tokens, qkv.stride(0), epsilon,
+        qkv, q if weights is None else weights, cos, sin, positions, places, q, keys, values, q if kept is None else kept,
+        tokens, qkv.stride(0), epsilon,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAIRS=cos.shape[1], SIZE=size, TOKENS=block,
-        PADDED_DIM=triton.next_power_of_2(dim), NORM=weights is not None, num_warps=1 if block == 1 else 8,
-        **overlap(qkv),
+        PADDED_DIM=triton.next_power_of_2(dim), NORM=weights is not None, KEEP=kept is not None,
+        num_warps=1 if block == 1 else 8, **overlap(qkv),
     )  # fmt: skip
     return q

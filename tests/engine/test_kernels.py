@@ -185,9 +185,10 @@ def test_heads_are_normed_turned_and_written(tokens: int, dim: int, pairs: int, 
     places = torch.randperm(8 * size)[:tokens]
     places[1] = -1
     keys, values = (torch.full((8, kv_heads, size, dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    kept = torch.full((tokens, kv_heads, dim), float("nan"), dtype=dtype, device=DEVICE)
     q = turn_heads(
         qkv.to(DEVICE), None if weights is None else weights.to(DEVICE), 1e-6, angles.cos().float().to(DEVICE),
-        angles.sin().float().to(DEVICE), positions.to(DEVICE), places.to(DEVICE), keys, values,
+        angles.sin().float().to(DEVICE), positions.to(DEVICE), places.to(DEVICE), keys, values, kept=kept,
     )  # fmt: skip
     exact = qkv.double().view(tokens, -1, dim)
     turning = exact[:, : heads + kv_heads]
@@ -198,6 +199,7 @@ def test_heads_are_normed_turned_and_written(tokens: int, dim: int, pairs: int, 
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
     near = {"atol": 4 * TOLERANCE[dtype], "rtol": 2 * TOLERANCE[dtype]}
     torch.testing.assert_close(q.double().cpu(), turned[:, :heads], **near)
+    torch.testing.assert_close(kept.double().cpu(), turned[:, heads:], **near)
     for pool, expected in ((keys, turned[:, heads:]), (values, exact[:, heads + kv_heads :])):
         lines = pool.cpu().double().transpose(1, 2).reshape(-1, kv_heads, dim)
         written = places >= 0
@@ -254,6 +256,44 @@ def test_decodes_from_a_fused_product_are_those_of_one_kernel_after_another(
     torch.testing.assert_close(results[1][0], results[0][0], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     for one, other in zip(results[0][1:], results[1][1:], strict=True):
         torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
+
+
+@pytest.mark.skipif(not GPU, reason="cuDNN is for GPUs")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 64)])
+def test_a_long_prompt_attends_as_chunks_do(heads: int, kv_heads: int, dim: int) -> None:
+    """In a step that is filled up with tokens of nobody, and over a pool that is NaN."""
+    from penstock.engine.attention.base import KVPool, LayerAttention, StepRows
+    from penstock.engine.attention.prompt import LONG
+    from penstock.engine.attention.triton import TritonAttention
+
+    shape, tokens, more = LayerShape(heads, kv_heads, dim, dim, dim**-0.5), LONG + 37, 50
+    pool = KVPool([shape], tokens // 16 + 1, 16, torch.bfloat16, torch.device(DEVICE))
+    backend = TritonAttention(pool, [shape], 1, pool.blocks)
+    rows = StepRows(
+        np.zeros(1, np.int32), np.zeros(1, np.int32), np.array([tokens], np.int32), 0,
+        np.random.default_rng(0).permutation(pool.blocks).astype(np.int32)[None], (np.zeros(pool.blocks, np.int32), np.arange(pool.blocks)),
+    )  # fmt: skip
+    positions = rows.positions()
+    columns = backend.prepare(rows, positions, rows.places(positions, 16)) | {"sources": rows.slots, "positions": positions}
+    assert backend.prompt
+    filled = {"places": -1, "positions": 0}
+    sent = {
+        name: torch.from_numpy(np.append(column, [filled[name]] * more if name in filled else []).astype(np.int64)).to(DEVICE)
+        for name, column in columns.items()
+    }
+    backend.write_table(sent)
+    qkv = torch.randn(tokens + more, (heads + 2 * kv_heads) * dim, device=DEVICE).bfloat16()
+    angles = torch.arange(tokens, device=DEVICE)[:, None] * 0.9 ** torch.arange(dim // 2, device=DEVICE)
+    results = []
+    for prompt in (False, True):
+        pool.fill(float("nan"))
+        backend.begin_sized(sent, 0, tokens, prompt=prompt)
+        out = backend.attend_fused(
+            LayerAttention(shape, *pool.layers[0], backend), qkv, None, 0.0, angles.cos(), angles.sin(), sent["positions"]
+        )
+        results.append((out[:tokens].double(), *(part.clone() for part in pool.layers[0])))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=TOLERANCE[torch.bfloat16], rtol=TOLERANCE[torch.bfloat16], equal_nan=True)
 
 
 @here
