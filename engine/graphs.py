@@ -25,6 +25,7 @@ from penstock.engine.lora.triton import TritonAdapters, room_for
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.results import CannotRecord
 
+FINE = 11  # from 2 to this power on, sizes of mixed steps are a sixteenth apart
 FEW_SAMPLES = 16  # of a step with chunks: logits of as many as there can be take time
 
 
@@ -295,10 +296,12 @@ def fill_up(words: np.ndarray, places: Mapping[str, tuple[int, int, int]], colum
 
 
 def coarse(most: int) -> list[int]:
-    """Numbers of tokens that mixed steps are captured for: a third apart while they are few, an eighth from where their products take
-    longer the more they are."""
+    """Numbers of tokens that mixed steps are captured for: a third apart while they are few, an eighth and then a sixteenth from where
+    their products take longer the more they are."""
     found = {most, *(size for power in range(4, 9) for size in (2**power, 3 * 2**power // 2))}
-    found |= {2**power * eighth // 8 for power in range(9, most.bit_length()) for eighth in range(8, 16)}
+    for power in range(9, most.bit_length()):
+        parts = 8 if power < FINE else 16
+        found |= {2**power * part // parts for part in range(parts, 2 * parts)}
     return sorted(size for size in found if size <= most)
 
 
