@@ -46,9 +46,9 @@ def workload_for(name: str, vocab: int) -> Workload:
 
 
 async def offline(model: str, workloads: list[str], repeats: int, **config: Any) -> list[tuple[dict[str, Any], Run]]:
-    """Run each workload `repeats` times, one workload after the other on a fresh engine that has `settled`, which took `settled_s` after it
-    was ready; the figures of each are those of its fastest run.
-    With `profile`, a file's name, a single workload is run once more, and a trace of some of its steps goes there."""
+    """Run each workload `repeats` times, one workload after the other on a fresh engine that is `prepared`, which took `prepared_s` after
+    it was ready; the figures of each are those of its fastest run. With `profile`, a file's name, a single workload is run once more, and
+    a trace of some of its steps goes there."""
     config = {"prefix_cache": False, **config}
     if config.get("profile") is not None:
         if len(workloads) != 1:
@@ -60,14 +60,14 @@ async def offline(model: str, workloads: list[str], repeats: int, **config: Any)
     async with engine(model, **config) as (client, startup):
         works = [workload_for(name, client.model["vocab_size"]) for name in workloads]
         begun = time.perf_counter()
-        before = await settled(client)
-        settled_s = time.perf_counter() - begun
+        before = await prepared(client)
+        prepared_s = time.perf_counter() - begun
         for work in works:
             runs = [await run_workload(client, work) for _ in range(repeats)]
             after = await settled(client)
             best = min(runs, key=lambda run: run.seconds)
             figures = {
-                "workload": work.name, "model": model, **best.figures(), "startup_s": startup, "settled_s": settled_s,
+                "workload": work.name, "model": model, **best.figures(), "startup_s": startup, "prepared_s": prepared_s,
                 "runs_s": [run.seconds for run in runs], **step_figures(before, after), "engine": client.model, "config": config,
             }  # fmt: skip
             measured.append((figures, best))
@@ -89,7 +89,7 @@ async def online(
     async with engine(model, **config) as (client, startup):
         vocab = client.model["vocab_size"]
         await run_workload(client, decode(8, vocab))
-        await settled(client)
+        await prepared(client)
         items = [Item((item.ids * (prompt // 512 + 1))[:prompt], output) for item in decode(requests, vocab).items]
         for rate in rates:
             runs[rate] = await run_poisson(client, items, rate)
@@ -102,13 +102,18 @@ async def online(
     return figures, runs
 
 
-async def settled(client: AsyncClient) -> dict[str, Any]:
-    """The report, once its sums are those of all that has ended: actors report them once a second. And once the executor has nothing left
-    to prepare for steps like those: on a GPU it captures graphs while it rests, for some seconds after the start."""
-    await asyncio.sleep(2.2)
-    while (status := await client.status())["executor"].get("preparing"):
-        await asyncio.sleep(0.5)
+async def prepared(client: AsyncClient) -> dict[str, Any]:
+    """The report, once the executor has nothing left to prepare: on a GPU it captures graphs while it rests, for some seconds after the
+    start."""
+    while (status := await settled(client))["executor"].get("preparing"):
+        pass
     return status
+
+
+async def settled(client: AsyncClient) -> dict[str, Any]:
+    """The report, once its sums are those of all that has ended: actors report them once a second."""
+    await asyncio.sleep(2.2)
+    return await client.status()
 
 
 def step_figures(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
