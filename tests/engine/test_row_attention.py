@@ -22,6 +22,7 @@ from .multiplying import rms
 pytestmark = pytest.mark.skipif(not GPU and shutil.which("g++") is None, reason="neither a GPU nor a compiler of C++")
 EPSILON = 1e-6
 TOLERANCE = 2e-2
+LONGEST = 3000 if GPU else 300
 NOWHERE = 2  # rows of a graph that are nobody's
 
 
@@ -51,14 +52,14 @@ def test_rows_attend_with_heads_of_the_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(row_attention, "split_for", lambda *_: Split(splits, 8))
-    positions = [0, 1, 15, 16, 17, 130, 300]
+    positions = [0, 1, 15, 16, 17, 130, LONGEST]
     shape = LayerShape(heads, kv_heads, dim, dim, dim**-0.5, window=window)
     step = make_step(shape, positions, [], block_size=size, dtype=torch.bfloat16, begun_as_zero=False, seed=heads)
     (keys, values), rows = step.pool.layers[0], len(positions)
     width = (heads + 2 * kv_heads) * dim
     qkv = torch.randn(rows + NOWHERE, width + 8).bfloat16()[:, :width]
     weights = torch.randn(heads + kv_heads, dim).bfloat16() if norm else None
-    angles = torch.arange(512).double()[:, None] * 0.9 ** torch.arange(pairs)
+    angles = torch.arange(LONGEST + 1).double()[:, None] * 0.9 ** torch.arange(pairs)
     places = np.append(step.rows.places(step.rows.positions(), size), [-1] * NOWHERE)
     slots, starts = (np.append(column, [0] * NOWHERE) for column in (step.rows.slots, step.rows.starts))
     columns = [torch.from_numpy(column.astype(np.int64)).to(DEVICE) for column in (slots, starts, places, np.array([rows]))]
