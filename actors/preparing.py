@@ -97,11 +97,15 @@ class Preparer:
         return self._store(merge([self._read(part)[0] for part in parts], recipe), "")
 
     def _read(self, wanted: Wanted) -> tuple[Lora, str]:
+        from penstock.engine.lora.errors import AdapterError
         from penstock.engine.lora.read import read_adapter
 
         with tempfile.TemporaryDirectory(dir=self.shelf.folder) as into:
             fetched = fetch(wanted.source, Path(into), wanted.token, self.limits, wanted.settings)
-            return read_adapter(Path(into), self.sites, self.limits.file_bytes), fetched.revision
+            try:
+                return read_adapter(Path(into), self.sites, self.limits.file_bytes), fetched.revision
+            except AdapterError as error:  # whoever asked knows the source, and nothing of where this looked at it
+                raise AdapterError(error.code, error.message.replace(into, wanted.source.shown), error.field) from error
 
     def _store(self, lora: Lora, revision: str) -> Version:
         from penstock.engine.lora.layout import RANKS

@@ -163,12 +163,14 @@ def broken(folder: Path, what: str) -> Path:
         ("not json", "broken_adapter"), ("dora", "unsupported_adapter"), ("another rank", "broken_adapter"), ("too large", "4 pages"),
     ],
 )  # fmt: skip
-def test_a_broken_adapter_fails_its_own_request(client: Client, shop: Path, what: str, limit: str) -> None:
+def test_a_broken_adapter_fails_its_own_request(client: Client, shop: Path, cache: Path, what: str, limit: str) -> None:
     folder = broken(shop / f"bad {what}", what)
     other = client.stream(PROMPT, adapter="red", max_tokens=TOKENS, **GREEDY)
     with pytest.raises(AdapterError) as caught:
         says(client, str(folder))
     assert caught.value.limit == limit
+    assert str(cache) not in str(caught.value)
+    assert str(folder) in str(caught.value) or what not in ("truncated", "rubbish", "not json")
     assert other.completion().ids == says(client, "red")
 
 
