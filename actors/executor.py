@@ -39,6 +39,7 @@ class ExecutorActor(Actor):
         self.handlers |= {Step: self._step, StepDone: self._check, Load: self._load}
         self.awaits[Step] = self.awaits[Load] = lambda message: ((SCHEDULER, message.scheduler),)
         self.runner, facts = self._open_runner()
+        self.opening = facts.get("opening_s", {})
         self.times = StepTimes()
         self.profile = self._open_profile(facts["device"])
         self.preparing, self.asked = True, 0.0  # whether there may be something to prepare, and when the last step came
@@ -138,9 +139,10 @@ class ExecutorActor(Actor):
             raise Refusal(code, f"step {done.step}: {done.error}", actor=self.kind)
 
     def load(self) -> dict[str, Any]:
-        """`in_flight`: a step that never ends shows, although this loop goes on. `preparing`: it still captures graphs when it rests. The
-        rest is `StepTimes.figures`."""
-        return {"in_flight": self.waiting, "preparing": self.preparing} | self.times.figures() | self.runner.figures()
+        """`in_flight`: a step that never ends shows, although this loop goes on. `preparing`: it still captures graphs when it rests.
+        `opening_s`: what opening the model took time for. The rest is `StepTimes.figures` and the runner's."""
+        mine = {"in_flight": self.waiting, "preparing": self.preparing, "opening_s": self.opening}
+        return mine | self.times.figures() | self.runner.figures()
 
     def finish(self) -> None:
         self._close_profile()

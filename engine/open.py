@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from penstock.engine.runner import Runner
 
 TINY = Path(__file__).with_name("tiny")
+OPENING = ("imports", "weights", "memory", "warm_up")  # what opening a model takes time for, one after another
 PAGES = 64  # of adapters on the device, where nobody says how many
 
 
@@ -66,6 +69,7 @@ def open_model(
 
     Where nothing is said: a GPU if there is one; the model's own dtype there, float32 on a CPU; 90 % of a GPU's memory, 30 % of a CPU's.
     """
+    marks = [time.perf_counter()]
     import torch
     from transformers.utils import logging
 
@@ -88,15 +92,19 @@ def open_model(
     dtype = "float32" if dtype == "auto" and on_cpu else dtype
     spec = read_spec(model_folder(model), dtype=dtype, max_model_len=max_model_len, weights=weights, seed=seed)
     stored = choose_dtype(kv_dtype, getattr(torch, spec.dtype), torch.device(device), deterministic=deterministic)
+    marks.append(time.perf_counter())
     built = build_model(spec, torch.device(device), decoder, deterministic=deterministic)
+    marks.append(time.perf_counter())
     work = Workload(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size,
         kv_dtype=stored, adapter_pages=count_pages(built, PAGES) if adapter_pages is None else adapter_pages,
         adapter_host=adapter_host,
     )  # fmt: skip
     count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks, graphs=graphs)
+    marks.append(time.perf_counter())
     runner = Runner(built, work.config(count, in_flight=lookahead + 1, graphs=graphs))
     step_s = warm_up(runner) * work.token_budget
+    marks.append(time.perf_counter())
     runner.clock = SpanClock(runner.device) if time_steps else None
     defaults = spec.defaults
     return runner, {
@@ -109,4 +117,5 @@ def open_model(
         "kv_dtype": str(stored).removeprefix("torch."), "device": device, "decoder": type(built).__name__,
         "attention": type(runner.attention).__name__, "graphs": runner.graphs is not None, "deterministic": built.deterministic,
         "step_s": step_s, "adapters": None if runner.adapters is None else runner.adapters.facts(),
+        "opening_s": {name: round(after - before, 3) for name, (before, after) in zip(OPENING, pairwise(marks), strict=True)},
     }  # fmt: skip

@@ -68,6 +68,7 @@ async def offline(model: str, workloads: list[str], repeats: int, **config: Any)
             best = min(runs, key=lambda run: run.seconds)
             figures = {
                 "workload": work.name, "model": model, **best.figures(), "startup_s": startup, "prepared_s": prepared_s,
+                "opening_s": before["executor"].get("opening_s"),
                 "runs_s": [run.seconds for run in runs], **step_figures(before, after), "engine": client.model, "config": config,
             }  # fmt: skip
             measured.append((figures, best))
