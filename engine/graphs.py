@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,9 +53,10 @@ class Size:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """Where the words of a step are put, and its ids come back. `event` is that of the ids; a CPU needs none."""
+    """Where the words of a step are put, which are also `cells`, and its ids come back. `event` is that of the ids; a CPU needs none."""
 
     words: Tensor
+    cells: Int64
     ids: Tensor
     event: torch.cuda.Event | None
 
@@ -83,6 +85,7 @@ class Graph:
     out: Tensor
 
 
+Int64 = npt.NDArray[np.int64]
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
@@ -106,12 +109,11 @@ class StepGraphs:
         on_cuda = last.device.type == "cuda"
         self._turns = [
             Turn(
-                torch.zeros(cells, dtype=torch.int64, pin_memory=on_cuda),
-                torch.zeros(self.nobody, dtype=torch.int64, pin_memory=on_cuda),
+                words, words.numpy(), torch.zeros(self.nobody, dtype=torch.int64, pin_memory=on_cuda),
                 torch.cuda.Event() if on_cuda else None,  # type: ignore[no-untyped-call]
             )
-            for _ in range(in_flight + 1)
-        ]
+            for words in (torch.zeros(cells, dtype=torch.int64, pin_memory=on_cuda) for _ in range(in_flight + 1))
+        ]  # fmt: skip
         self._turn = self._turns[0]
         self._graphs: dict[Size, Graph] = {}
         self._seen: Counter[Size] = Counter()
@@ -132,9 +134,10 @@ class StepGraphs:
             return None
         samples = self._samples(samples, sizes[at]) if chunks else sizes[at]
         size = Size(sizes[at], samples, chunks, plain, mix, chunks and self.attention.prompt)
+        if size in self._graphs:
+            return size
         self._seen[size] += 1
-        known = size in self._graphs or not chunks or self._seen[size] > 1
-        return size if known and size not in self._unfit else None
+        return size if (not chunks or self._seen[size] > 1) and size not in self._unfit else None
 
     def run(self, size: Size, columns: Columns, begin: Callable[[], None] | None = None) -> Tensor:
         """Launch a step; `begin` is called when its columns are on their way. Returns the ids `[samples]` if it is `plain`, else the
@@ -144,7 +147,7 @@ class StepGraphs:
         self._turns.append(turn)
         if turn.event is not None:
             turn.event.synchronize()
-        fill_up(turn.words.numpy(), graph.columns, columns)
+        fill_up(turn.cells, graph.columns, columns)
         self._words[: graph.words].copy_(turn.words[: graph.words], non_blocking=True)
         if turn.event is not None:
             turn.event.record()

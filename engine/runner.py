@@ -105,11 +105,14 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         started = time.perf_counter()
-        order = np.arange(len(plan.slots))
+        order: Rows | slice = slice(None)  # as they come: views, no copies
+        sampling = np.flatnonzero(plan.samples)  # rows of the plan, in the order in which they are sampled
+        places = np.arange(len(sampling), dtype=np.int32)
         if self.attention.sorts_decodes:
+            order = np.arange(len(plan.slots))
             order[: plan.decodes] = np.argsort(plan.starts[: plan.decodes], kind="stable")
-        sampling = order[plan.samples[order]]  # rows of the plan, in the order in which they are sampled
-        places = np.argsort(sampling).astype(np.int32)
+            sampling = order[plan.samples[order]]
+            places = np.argsort(sampling).astype(np.int32)
         try:
             for fill in plan.fills:
                 self.sampler.fill(fill)
@@ -164,13 +167,13 @@ class Runner:
         if self._loader is not None:
             self._loader.close()
 
-    def _columns(self, plan: StepPlan, order: Rows, sampling: Rows) -> Columns:
+    def _columns(self, plan: StepPlan, order: Rows | slice, sampling: Rows) -> Columns:
         """What the model and its attention must know of a step. `tokens` are ids, or below 0: the last one of the slot in `sources`."""
         written = (plan.table_slots, plan.table_columns)
         rows = StepRows(plan.slots[order], plan.starts[order], plan.counts[order], plan.decodes, self.table, written)
         positions = rows.positions()
         columns: Columns = {"positions": positions, "sources": rows.slots[: plan.decodes], "sample_slots": plan.slots[sampling]}
-        if plan.decodes < len(order):
+        if plan.decodes < len(plan.slots):
             lasts = np.cumsum(plan.counts) - 1  # the same in either order: only decodes, of one token each, change places
             columns |= {
                 "sources": np.concatenate((columns["sources"], np.zeros(len(plan.tokens), np.int32))),
