@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from penstock.actors.errors import Fault, Refusal, bad
 from penstock.actors.finding import Finder, Key, Then
 from penstock.actors.library import Library, Title
 from penstock.actors.messages import Find, Found, Manage, Managed, Pin
-from penstock.actors.preparing import Preparer, Version, Wanted
+from penstock.actors.preparing import Preparer, Version, Wanted, check_one_place
 from penstock.actors.sources.fetch import Limits, Settings
 from penstock.actors.sources.named import allowed_sources, check_name, check_source
 from penstock.engine.kernels.cache import cache_folder
@@ -38,7 +37,8 @@ class AdaptersActor(Actor):
         self.folder = self._folder()
         self.facts: dict[str, Any] = {}  # what the executor's device has: see `Preparer`
         self.early: list[Find | Manage] = []  # that came before it was known what to prepare for
-        self.found = 0
+        self.found = self.orders = 0
+        self.ordered: dict[str, int] = {}  # the last order of each name to load or unload it
         self.finder = Finder(self._preparer)
         self.mail.watch(self.finder.bell)
         self.handlers |= {Find: self._find, Manage: self._manage}
@@ -72,9 +72,7 @@ class AdaptersActor(Actor):
             early, self.early = self.early, []
             for message in early:
                 self.handlers[type(message)](message)
-            for name, title in self.library.titles.items():
-                if title.pinned:  # in another life
-                    self._ask_for(name, title, lambda version, fault: self._send_pins())
+            self._send_pins()  # those of another life
         if self.peers.get(SCHEDULER) != before.get(SCHEDULER):
             self._send_pins()
 
@@ -96,6 +94,8 @@ class AdaptersActor(Actor):
         try:
             wish = Wish.from_wire(message.wish)
             parts = [self._wanted(name, message.token) for name in wish.names]
+            if message.token is not None:
+                check_one_place(parts)
         except InvalidParameter as error:
             answer(None, Fault(code="invalid_request", message=str(error), field=error.field, value=error.value, limit=error.limit))
             return
@@ -105,19 +105,24 @@ class AdaptersActor(Actor):
         # A private token is checked each time that it is used.
         part, fresh, title = parts[0], FRESH_S if message.token is None else 0.0, self.library.titles.get(wish.names[0])
         if (recipe := wish.recipe) is not None:
-            key = (", ".join(part.source.shown for part in parts), repr(wish), *[text for part in parts for text in _key(part)])
-            self.finder.ask(key, lambda preparer: preparer.merge(parts, recipe), answer, fresh, far=any(part.far for part in parts))
+            titles = [self.library.titles.get(name) for name in wish.names]
+            versions = [None if one is None else one.version for one in titles]
+            texts = [text for part, version in zip(parts, versions, strict=True) for text in (*part.key, version or "")]
+            key = (", ".join(part.source.shown for part in parts), repr(wish), *texts)
+            known_parts = list(zip(parts, versions, strict=True))
+            self.finder.ask(key, lambda preparer: preparer.merge(known_parts, recipe), answer, fresh, far=False, merged=True)
         elif title is None:
-            known = self.finder.known(_key(part))
-            self.finder.ask(_key(part), lambda preparer: preparer.prepare(part, known), answer, fresh, far=part.far)
+            known = self.finder.known(part.key)
+            self.finder.ask(part.key, lambda preparer: preparer.prepare(part, known), answer, fresh, far=part.far)
         else:
             if message.digest in title.versions:  # a stream that had begun goes on with that
                 title = replace(title, versions=(message.digest,))
             if message.token is None:
                 self._ask_for(wish.names[0], title, answer)
             else:
-                version = title.version
-                self.finder.ask(_key_of(title, part), lambda preparer: preparer.recall_for(part, version), answer, 0.0, far=part.far)
+                key, version = _key_of(title, part), title.version
+                known = self.finder.known(key)
+                self.finder.ask(key, lambda preparer: preparer.again_for(part, version, known), answer, 0.0, far=part.far)
 
     def _wanted(self, name: str, token: str | None) -> Wanted:
         """What a name stands for: an adapter that is known by it, or a source, if those may be named. Raises `Refusal`."""
@@ -138,18 +143,29 @@ class AdaptersActor(Actor):
     def _ask_for(self, name: str, title: Title, then: Then) -> None:
         """A name stands for what was loaded under it, or, if that was never done, for what its source has now."""
         part = self._of_title(title)
+        key = _key_of(title, part)
+        new = self.finder.known(key) is None
 
         def keep(version: Version | None, fault: Fault | None) -> None:
             if version is not None and title.version is None and self.library.titles.get(name) == title:
                 self._name(name, title.again(version.digest, title), version)
             then(version, fault)
+            if new and title.pinned:
+                self._send_pins()
 
-        key = _key_of(title, part)
-        self.finder.ask(key, lambda preparer: preparer.recall(title.version) or preparer.prepare(part, None), keep, None, far=part.far)
+        self.finder.ask(key, lambda preparer: preparer.again(part, title.version), keep, None, far=part.far)
 
     def _name(self, name: str, title: Title, version: Version) -> None:
-        self.library.put(name, title)
+        self._put(name, title)
         self.finder.remember(_key_of(title, self._of_title(title)), version)
+
+    def _put(self, name: str, title: Title | None) -> None:
+        if title is None:
+            self.library.remove(name)
+        else:
+            self.library.put(name, title)
+        if self.library.unsaved:
+            self.log.error("names of adapters are not saved", name=name, error=self.library.unsaved)
 
     # ── what operators order ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -166,15 +182,21 @@ class AdaptersActor(Actor):
                 case "list" | "unload" | "unpin":
                     if message.order == "unload":
                         self._title(message.name)
-                        self.library.remove(message.name)
+                        self._order(message.name)
+                        self._put(message.name, None)
                     elif message.order == "unpin":
-                        self.library.put(message.name, replace(self._title(message.name), pinned=False))
+                        self._put(message.name, replace(self._title(message.name), pinned=False))
                     self._send_pins()
                     self._tell(message, None)
                 case _:
                     raise bad("order", message.order, "load, unload, pin, unpin or list")
         except Refusal as refusal:
             self._tell(message, refusal.fault)
+
+    def _order(self, name: str) -> int:
+        self.orders += 1
+        self.ordered[name] = self.orders
+        return self.orders
 
     def _title(self, name: str) -> Title:
         title = self.library.titles.get(name)
@@ -194,25 +216,30 @@ class AdaptersActor(Actor):
         part = self._of_title(title)
         if all(other.source != title.source for other in self.library.titles.values()):
             part = replace(part, settings=self.settings)  # it must be allowed by itself
-        known = self.finder.known(_key(part))
+        known, number = self.finder.known(part.key), self._order(name)
 
         def then(version: Version | None, fault: Fault | None) -> None:
             now = self.library.titles.get(name)
-            if version is not None and now is not None and now.pinned:
+            if version is not None and self.ordered[name] != number:
+                text = f"{name!r} was loaded or unloaded by a later order while this one was under way"
+                fault = Fault(code="adapter_error", message=text, field="name", value=name)
+            elif version is not None and now is not None and now.pinned:
                 fault = self._too_much(name, version)
             if version is not None and fault is None:
                 self._name(name, title.again(version.digest, now), version)
                 self._send_pins()
             self._tell(message, fault)
 
-        self.finder.retry(_key(part))
-        self.finder.ask(_key(part), lambda preparer: preparer.prepare(part, known), then, 0.0, far=part.far)
+        # By a key of its own: what is under way may have seen what was there before.
+        self.finder.ask((*part.key, f"order {number}"), lambda preparer: preparer.prepare(part, known), then, 0.0, far=part.far)
 
     def _pin(self, message: Manage) -> None:
         def then(version: Version | None, fault: Fault | None) -> None:
             title = self.library.titles.get(message.name)
-            if version is not None and title is not None and (fault := self._too_much(message.name, version)) is None:
-                self.library.put(message.name, replace(title, pinned=True))
+            if version is not None and title is None:
+                fault = _unknown(message.name, self.library).fault
+            elif version is not None and title is not None and (fault := self._too_much(message.name, version)) is None:
+                self._put(message.name, replace(title, pinned=True))
                 self._send_pins()
             self._tell(message, fault)
 
@@ -234,9 +261,16 @@ class AdaptersActor(Actor):
         return {name: version.place for name, version in versions.items() if version is not None}
 
     def _send_pins(self) -> None:
-        places = self._pins()
-        if len(places) == sum(title.pinned for title in self.library.titles.values()):  # else more will be known soon
-            self.mail.send(SCHEDULER, Pin(tuple(dict.fromkeys(places.values()))))
+        """Unless more will be known soon: what was forgotten is asked for. One that cannot be had is not waited for."""
+        if not self.facts:
+            return
+        pinned = {name: title for name, title in self.library.titles.items() if title.pinned}
+        keys = [_key_of(title, self._of_title(title)) for title in pinned.values()]
+        for key, (name, title) in zip(keys, pinned.items(), strict=True):
+            if self.finder.state(key)[0] == "cold":
+                self._ask_for(name, title, lambda version, fault: None)
+        if all(self.finder.state(key)[0] != "loading" for key in keys):
+            self.mail.send(SCHEDULER, Pin(tuple(dict.fromkeys(self._pins().values()))))
 
     def _tell(self, message: Manage, fault: Fault | None) -> None:
         rows = tuple([self._row(name, title) for name, title in self.library.titles.items()])
@@ -254,15 +288,9 @@ class AdaptersActor(Actor):
         return {"known": len(self.library.titles), "under_way": len(self.finder), "found": self.found, **self.finder.counts}
 
 
-def _key(part: Wanted) -> Key:
-    """Of what is at a source. Folders want no token; and a token is not kept."""
-    token = part.token if part.far and part.token is not None else ""
-    return part.source.shown, part.source.text, blake2b(token.encode(), digest_size=16).hexdigest()
-
-
 def _key_of(title: Title, part: Wanted) -> Key:
     """Of what was at it when it was given a name."""
-    return (*_key(part), title.version or "")
+    return (*part.key, title.version or "")
 
 
 def _unknown(name: str, library: Library) -> Refusal:

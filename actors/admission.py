@@ -11,7 +11,7 @@ from typing import Any
 
 from penstock.actors.columns import int32
 from penstock.actors.config import EngineConfig
-from penstock.actors.errors import Fault, Refusal
+from penstock.actors.errors import Fault, Refusal, too_many_pages
 from penstock.actors.jobs import Asked, Job, Jobs
 from penstock.actors.journal import Journal
 from penstock.actors.messages import Encode
@@ -173,8 +173,7 @@ class Admission:
             digest = place[0].hex()
             most = largest_adapter(model.adapter_pages)
             if place[1] > most:
-                text = f"the adapter takes {place[1]} pages of 16 ranks, and there are {model.adapter_pages}, half of which may be pinned"
-                raise Refusal("adapter_error", text, field="adapter", value=str(place[1]), limit=f"{most} pages")
+                raise too_many_pages(place[1], most, model.adapter_pages)
         if job.asked is None:
             began = job.request.value.adapter
             if began is not None and began.digest != digest:

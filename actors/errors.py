@@ -76,6 +76,12 @@ class Refusal(Exception):
         return refusal
 
 
+def too_many_pages(pages: int, most: int, total: int) -> Refusal:
+    """An adapter that can never be on the device."""
+    text = f"the adapter takes {pages} pages of 16 ranks, and there are {total}, half of which may be pinned"
+    return Refusal("adapter_error", text, field="adapter", value=str(pages), limit=f"{most} pages")
+
+
 def bad(field: str, value: object, limit: str) -> Refusal:
     """A field whose value is not as it must be. Of what others send, only so much is shown as fits a line."""
     text, shown = (value[:LONGEST_SHOWN], repr(value[:LONGEST_SHOWN])) if isinstance(value, str) else (repr(value)[:LONGEST_SHOWN],) * 2

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from penstock.actors.errors import Fault
+from penstock.actors.errors import Fault, Refusal
 from penstock.actors.preparing import Preparer, Version
 from penstock.actors.sources.errors import SourceError
 from penstock.engine.lora.errors import AdapterError
 
-NEAR, FAR = 8, 32  # adapters that are made ready at once: of this machine, and of others, which may be slow
+# Adapters that are made ready at once: of this machine, of others, which may be slow, and merged ones, which anybody may ask for by the
+# hundred: they are in the way of each other alone.
+NEAR, FAR, MERGED = 8, 32, 2
 FAILED_S = 5.0  # for so long what failed is not tried again
 MOST_KNOWN = 4096  # versions that are remembered
 
@@ -29,6 +31,7 @@ class Finder:
         self.counts = {"prepared": 0, "failed": 0}
         self._open = open
         self._near, self._far = ThreadPoolExecutor(NEAR, "adapters"), ThreadPoolExecutor(FAR, "far adapters")
+        self._merged = ThreadPoolExecutor(MERGED, "merged adapters")
         self._preparer: Future[Preparer] | None = None
         self._versions: dict[Key, tuple[float, Version]] = {}  # when it was known to be so
         self._failures: dict[Key, tuple[float, Fault]] = {}
@@ -39,14 +42,16 @@ class Finder:
         """How many are under way."""
         return len(self._asked)
 
-    def ask(self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None, *, far: bool) -> None:
+    def ask(
+        self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None, *, far: bool, merged: bool = False
+    ) -> None:
         """Have something made ready, unless it has been known for less than `fresh` seconds, or (None) at all. `then` is called now, or by
-        `collect`. `far`: another machine has it."""
+        `collect`. `far`: another machine has it; `merged`: it is made of several."""
         now = time.monotonic()
         if key in self._asked:
             self._asked[key].append(then)
             return
-        when, version = self._versions.get(key, (0.0, None))
+        version, (when, _) = self.known(key), self._versions.get(key, (0.0, None))
         if version is not None and (fresh is None or now - when < fresh) and _is_there(version):
             then(version, None)
             return
@@ -57,7 +62,7 @@ class Finder:
         self._asked[key] = [then]
         if self._preparer is None or (self._preparer.done() and self._preparer.exception() is not None):
             self._preparer = self._near.submit(self._open)
-        (self._far if far else self._near).submit(self._work, key, work, self._preparer)
+        (self._merged if merged else self._far if far else self._near).submit(self._work, key, work, self._preparer)
 
     def collect(self) -> Iterator[tuple[str, Fault]]:
         """Call those who wait for what is done. Yields what has failed, and why."""
@@ -79,17 +84,16 @@ class Finder:
                 then(version, fault)
 
     def known(self, key: Key) -> Version | None:
-        found = self._versions.get(key)
-        return None if found is None else found[1]
+        if (found := self._versions.pop(key, None)) is None:
+            return None
+        self._versions[key] = found  # who was asked for longest ago is forgotten first
+        return found[1]
 
     def remember(self, key: Key, version: Version) -> None:
+        self._versions.pop(key, None)
         self._versions[key] = time.monotonic(), version
         if len(self._versions) > MOST_KNOWN:
             del self._versions[next(iter(self._versions))]
-
-    def retry(self, key: Key) -> None:
-        """Whoever asks now wants it tried, although it failed."""
-        self._failures.pop(key, None)
 
     def state(self, key: Key) -> tuple[str, str]:
         """loading, host (it is ready on this machine), failed or cold; and why it failed."""
@@ -100,7 +104,7 @@ class Finder:
         return ("failed", self._failures[key][1].message) if key in self._failures else ("cold", "")
 
     def close(self) -> None:
-        for pool in (self._near, self._far):
+        for pool in (self._near, self._far, self._merged):
             pool.shutdown(wait=False, cancel_futures=True)
         if not self._asked:  # else a thread may still ring it
             os.close(self.bell)
@@ -112,6 +116,8 @@ class Finder:
             version = work(preparer.result())
         except SourceError as error:
             fault = Fault(code="adapter_error", message=error.message, field="adapter", limit=error.code, retryable=error.retry)
+        except Refusal as refusal:
+            fault = refusal.fault
         except AdapterError as error:
             fault = Fault(code="adapter_error", message=error.message, field=error.field or "adapter", limit=error.code)
         except Exception as error:  # noqa: BLE001  nobody watches this thread, and who waits must hear of it

@@ -38,10 +38,11 @@ class Title:
 
 
 class Library:
-    """Titles by name, written to `file` whenever they change: it is in a folder that only the engine's user may read."""
+    """Titles by name, written to `file` whenever they change: it is in a folder that only the engine's user may read. `unsaved` says why
+    they were not, if they were not: then they hold for as long as the actor lives."""
 
     def __init__(self, config: EngineConfig, file: Path) -> None:
-        self.file = file
+        self.file, self.unsaved = file, ""
         self.titles: dict[str, Title] = {name: Title(source) for name, source in configured(config).items()}
         if file.is_file():
             found = json.loads(file.read_text())
@@ -57,9 +58,13 @@ class Library:
 
     def _write(self) -> None:
         made = self.file.with_suffix(".new")
-        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-            json.dump({name: asdict(title) for name, title in self.titles.items()}, out)
-        made.rename(self.file)
+        try:
+            with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+                json.dump({name: asdict(title) for name, title in self.titles.items()}, out)
+            made.rename(self.file)
+            self.unsaved = ""
+        except OSError as error:  # a disk that is full, say: whoever asked for an adapter gets it all the same
+            self.unsaved = str(error)
 
 
 def configured(config: EngineConfig) -> dict[str, str]:

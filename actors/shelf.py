@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+BLOCK = 512  # bytes, in which files are counted
 ABANDONED_S = 86_400.0  # after so long nobody is at an adapter any more that is being made ready, in a folder of its own
 
 
@@ -39,7 +40,8 @@ class Shelf:
         files = []
         for path in {path.resolve() for path in self.folder.parent.glob("*/*.safetensors")}:
             with suppress(OSError):  # another engine may be tidying, too
-                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+                found = path.stat()
+                files.append((found.st_mtime_ns, min(found.st_size, found.st_blocks * BLOCK), path))  # zeros may take nothing
         left = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if left <= self.limit:

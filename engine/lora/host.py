@@ -58,9 +58,13 @@ class HostPages:
         return page
 
     def take(self) -> HostPage:
-        """One to be filled, and then given back."""
-        if not self._free:
+        """One to be filled, and then given back. Raises `RuntimeError` if no memory can be had for the first."""
+        try:
             self.prepare()
+        except RuntimeError:
+            if not self._kept:
+                raise
+            self._free.append(self._kept.popitem(last=False)[1])
         return self._free.pop()
 
     def give(self, key: Key, page: HostPage) -> None:

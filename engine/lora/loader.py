@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -63,10 +63,12 @@ class AdapterLoader:
             except Exception as failure:  # noqa: BLE001  whatever it was, somebody waits to hear of it
                 error = f"{type(failure).__name__}: {failure}"
                 if isinstance(failure, AdapterError | ValueError):  # a file that is broken would be found again and again
-                    Path(order.path).unlink(missing_ok=True)
+                    with suppress(OSError):
+                        Path(order.path).unlink()
             order.told(error)
             if self.host is not None and error is None:
-                self.host.prepare()
+                with suppress(RuntimeError):  # no memory for one more: whoever takes one hears of it
+                    self.host.prepare()
 
     @torch.inference_mode()
     def _carry_out(self, order: Order) -> None:

@@ -19,7 +19,7 @@ from penstock.engine.lora.config import LARGEST_WEIGHTS, WEIGHTS, LoraConfig, di
 from penstock.engine.lora.errors import AdapterError, some
 from penstock.engine.lora.layout import Site
 
-__all__ = ["Lora", "digest_of", "read_adapter"]
+__all__ = ["Lora", "broken_sites", "digest_of", "read_adapter"]
 
 LARGEST_HEADER = 16 << 20  # bytes; two tensors of each module take well below one
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}  # the last has no name in numpy
@@ -54,9 +54,12 @@ class Entry:
     dtype: str
 
 
-def read_adapter(folder: Path, sites: Mapping[str, Site], limit: int = LARGEST_WEIGHTS) -> Lora:
-    """An adapter of the model whose products are `sites`, by name; of at most `limit` bytes. Its weights are views of the file, to which
-    nobody may write any more, but which may be removed: to copy them would take longer than all the rest. Raises `AdapterError`."""
+def read_adapter(
+    folder: Path, sites: Mapping[str, Site], limit: int = LARGEST_WEIGHTS, dtype: torch.dtype = torch.float32
+) -> Lora:  # fmt: skip
+    """An adapter of the model whose products are `sites`, by name; of at most `limit` bytes, and with no weights that `dtype` cannot have.
+    Its weights are views of the file, to which nobody may write any more, but which may be removed: to copy them would take longer than
+    all the rest. Raises `AdapterError`."""
     from safetensors import SafetensorError, safe_open
 
     config = read_config(folder)
@@ -76,17 +79,18 @@ def read_adapter(folder: Path, sites: Mapping[str, Site], limit: int = LARGEST_W
         scales={name: config.scale_of(name, entries[name, "A"].shape[0]) for name in names},
         digest=digest_of(folder, limit),
     )
-    if broken := _broken(lora):
-        raise AdapterError("broken_adapter", f"{path}: NaN or infinity in the weights, or in float32 times their scale, of {some(broken)}")
+    if broken := broken_sites(lora, dtype):
+        kind = str(dtype).removeprefix("torch.")
+        raise AdapterError("broken_adapter", f"{path}: NaN or infinity in the weights, or in {kind} times their scale, of {some(broken)}")
     return lora
 
 
-def _broken(lora: Lora) -> list[str]:
-    """The sites that have NaN or infinity, or would in float32 times their scale. NaN, if there is one, is both the least and the
+def broken_sites(lora: Lora, dtype: torch.dtype) -> list[str]:
+    """The sites that have NaN or infinity, or would in `dtype`, B times its scale. NaN, if there is one, is both the least and the
     largest."""
     ends = torch.stack([end for pair in lora.weights.values() for weight in pair for end in weight.aminmax()]).float().view(-1, 2, 2)
     ends[:, 1] *= torch.tensor([lora.scales[name] for name in lora.weights])[:, None]
-    return [name for name, sound in zip(lora.weights, ends.isfinite().flatten(1).all(1).tolist(), strict=True) if not sound]
+    return [name for name, sound in zip(lora.weights, ends.to(dtype).isfinite().flatten(1).all(1).tolist(), strict=True) if not sound]
 
 
 def _views(path: Path, entries: Iterable[Entry]) -> dict[str, Tensor]:

@@ -164,14 +164,16 @@ def broken(folder: Path, what: str) -> Path:
     ],
 )  # fmt: skip
 def test_a_broken_adapter_fails_its_own_request(client: Client, shop: Path, cache: Path, what: str, limit: str) -> None:
-    folder = broken(shop / f"bad {what}", what)
+    folder, mine = broken(shop / f"bad {what}", what), says(client, "red")
+    ready = set(cache.rglob("*.safetensors"))
     other = client.stream(PROMPT, adapter="red", max_tokens=TOKENS, **GREEDY)
     with pytest.raises(AdapterError) as caught:
         says(client, str(folder))
     assert caught.value.limit == limit
     assert str(cache) not in str(caught.value)
     assert str(folder) in str(caught.value) or what not in ("truncated", "rubbish", "not json")
-    assert other.completion().ids == says(client, "red")
+    assert set(cache.rglob("*.safetensors")) == ready
+    assert other.completion().ids == mine
 
 
 def test_an_adapter_of_another_model_says_what_is_not_there(client: Client, shop: Path) -> None:
@@ -274,6 +276,30 @@ def test_two_adapters_may_be_merged_for_a_request(client: Client, shop: Path) ->
     assert says(client, {"merge": ["red", str(shop / "twin")], "weights": [1.0, 0.0]}) == says(client, "red")
     with pytest.raises(AdapterError, match=r"different ranks \(4, 16\)"):
         says(client, {"merge": ["red", "green"]})
+
+
+def test_a_merge_is_of_what_a_name_stands_for(client: Client, shop: Path) -> None:
+    wish = {"merge": ["edited", "red"], "weights": [1.0, 0.0]}
+    write_adapter(shop / "edited", 45)
+    client.load_adapter("edited", str(shop / "edited"))
+    assert says(client, wish) == expected(shop / "edited", TOKENS)
+    write_adapter(shop / "edited", 46)
+    client.load_adapter("edited")
+    assert says(client, wish) == expected(shop / "edited", TOKENS)
+    write_adapter(shop / "edited", 47)  # which nobody has loaded
+    with pytest.raises(AdapterError, match="load it again") as caught:
+        says(client, {**wish, "weights": [0.5, 0.0]})
+    assert caught.value.limit == "changed_adapter"
+    client.unload_adapter("edited")
+
+
+def test_a_token_is_for_one_place(client: Client, vault: Vault) -> None:
+    before = vault.asked
+    elsewhere = vault.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(InvalidRequest, match="several places"):
+        says(client, {"merge": [vault.url, elsewhere]}, adapter_token="open-sesame")
+    assert vault.asked == before
+    assert says(client, {"merge": [vault.url]}, adapter_token=vault.token)
 
 
 def test_more_adapters_than_fit_are_all_served(client: Client, shop: Path) -> None:

@@ -149,6 +149,32 @@ def test_whoever_waits_hears_of_what_nobody_thought_of(loader: AdapterLoader, tm
     assert load(loader, tmp_path / "not there", 2, 3) is not None
 
 
+def test_the_thread_goes_on_without_memory_and_without_a_disk_to_write_to(
+    loader: AdapterLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {name: write(tmp_path / name, LAYOUT, 20)[0] for name in ("one", "two", "three")}
+    write(tmp_path / "bad", OTHER, 20)
+    prepare, calls = HostPages.prepare, []
+
+    def once(pages: HostPages) -> None:
+        if not pages._free:
+            calls.append(pages)
+            if len(calls) > 1:
+                raise RuntimeError("no memory can be locked")
+            prepare(pages)
+
+    def refuse(_: Path, **__: bool) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(HostPages, "prepare", once)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for _ in range(3):
+        for name, data in contents.items():
+            assert load(loader, tmp_path / name, 2, 0) is None
+            assert torch.equal(loader._adapters.pool.data[[2, 0]], data)
+        assert load(loader, tmp_path / "bad", 2, 0) is not None
+
+
 def test_the_thread_that_loads_begins_no_team_of_others(tmp_path: Path) -> None:
     """More of OpenMP's threads than cores do not wait awake any more: whoever computes would be slower for ever."""
     layout = PageLayout([(Site("q", 4096, 4096),)])

@@ -356,6 +356,14 @@ def test_weights_that_are_not_whole_or_too_many_are_refused(
     refused(tmp_path, code, match)
 
 
+def test_what_the_device_cannot_hold_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, r=4)
+    rewrite(tmp_path, lambda weights: {name: weight * 0.0 + 3.0 for name, weight in weights.items()})
+    edit(tmp_path, lora_alpha=1e5)
+    read_adapter(tmp_path, sites_of("llama"), dtype=torch.bfloat16)
+    refused(tmp_path, "broken_adapter", "float16", dtype=torch.float16)
+
+
 def test_a_scale_that_does_not_fit_float32_is_refused(tmp_path: Path) -> None:
     write(tmp_path, r=4)
     rewrite(tmp_path, lambda weights: {name: weight * 1e34 for name, weight in weights.items()})

@@ -1,0 +1,204 @@
+"""What the adapters actor makes of orders that overtake each other, and of what it cannot have; nothing is fetched for real."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from penstock.actors import finding
+from penstock.actors.adapters import AdaptersActor
+from penstock.actors.finding import Finder
+from penstock.actors.library import Library, Title
+from penstock.actors.messages import Manage as Order
+from penstock.actors.messages import Managed, Pin
+from penstock.actors.preparing import Preparer, Version, Wanted
+from penstock.actors.sources.errors import SourceError
+from penstock.actors.sources.fetch import Settings
+from penstock.actors.sources.named import allowed_sources
+
+PATIENCE_S = 10.0
+
+
+class Sources(Preparer):
+    """An adapter's digest is what its source, a folder, is said to have. Who asks for one with a gate waits until that is open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.content, self.gates = folder, dict[str, str](), dict[str, threading.Event]()
+
+    def prepare(self, wanted: Wanted, known: Version | None) -> Version:
+        place = wanted.source.place
+        content = self.content.get(place, place)
+        if place in self.gates:
+            self.gates[place].wait(PATIENCE_S)
+        if not content:
+            raise SourceError("not_found", f"{place}: nothing is there")
+        file = self.folder / "ready"
+        file.touch()
+        return Version(content.encode().hex().ljust(64, "0"), 1, 16, str(file))
+
+    def recall(self, digest: str | None) -> Version | None:
+        return None
+
+
+class Desk(AdaptersActor):
+    """The actor without its mail."""
+
+    def __init__(self, folder: Path, titles: dict[str, Title] | None = None) -> None:
+        self.sent: list[Any] = []
+        self.errors: list[str] = []
+        self.sources = Sources(folder)
+        self.library = Library.__new__(Library)
+        self.library.file, self.library.unsaved, self.library.titles = folder / "adapters.json", "", dict(titles or {})
+        self.mail = SimpleNamespace(send=lambda key, message: self.sent.append(message))  # type: ignore[assignment]
+        self.log = SimpleNamespace(warning=lambda *_, **__: None, error=lambda text, **_: self.errors.append(text))
+        self.settings = Settings(allowed=allowed_sources(["/"]))
+        self.facts, self.early, self.found, self.orders, self.ordered = {"pages": 64}, [], 0, 0, {}
+        self.finder = Finder(lambda: self.sources)
+
+    def order(self, job: int, order: str, name: str, source: str | None = None) -> None:
+        self._manage(Order(job, order, name, source, None))
+
+    def until(self, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not done() and time.monotonic() < end:
+            self.after()
+            time.sleep(0.005)
+        assert done()
+
+    def answer(self, job: int) -> dict[str, Any] | None:
+        """What came of an order: None if it was carried out, else the error."""
+        self.until(lambda: any(isinstance(message, Managed) and message.job == job for message in self.sent))
+        (message,) = [message for message in self.sent if isinstance(message, Managed) and message.job == job]
+        error: dict[str, Any] | None = message.error
+        return error
+
+    @property
+    def pins(self) -> list[int]:
+        """How many places each message to the scheduler had."""
+        return [len(message.places) for message in self.sent if isinstance(message, Pin)]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_the_later_order_decides_however_long_an_earlier_one_takes(desk: Desk) -> None:
+    gate = desk.sources.gates["/slow"] = threading.Event()
+    desk.order(1, "load", "one", "/slow")
+    desk.order(2, "load", "one", "/fast")
+    assert desk.answer(2) is None
+    gate.set()
+    error = desk.answer(1)
+    assert error is not None
+    assert "later order" in error["message"]
+    assert desk.library.titles["one"].source == "/fast"
+
+
+def test_what_was_unloaded_does_not_come_back(desk: Desk) -> None:
+    gate = desk.sources.gates["/slow"] = threading.Event()
+    desk.order(1, "load", "one", "/fast")
+    assert desk.answer(1) is None
+    desk.order(2, "load", "one", "/slow")
+    desk.order(3, "unload", "one")
+    assert desk.answer(3) is None
+    gate.set()
+    assert desk.answer(2) is not None
+    assert not desk.library.titles
+
+
+def test_a_load_sees_what_is_there_when_it_is_ordered(desk: Desk) -> None:
+    gate = desk.sources.gates["/place"] = threading.Event()
+    desk.sources.content["/place"] = "old"
+    desk.order(1, "load", "one", "/place")
+    desk.until(lambda: len(desk.finder) == 1)
+    time.sleep(0.05)  # by now it has looked
+    desk.sources.content["/place"] = "new"
+    desk.order(2, "load", "one", "/place")
+    gate.set()
+    assert desk.answer(2) is None
+    desk.answer(1)
+    version = desk.library.titles["one"].version
+    assert version is not None
+    assert bytes.fromhex(version).rstrip(b"\0") == b"new"
+
+
+def test_a_pin_of_what_is_unloaded_meanwhile_fails(desk: Desk) -> None:
+    gate = desk.sources.gates["/slow"] = threading.Event()
+    desk.library.titles["one"] = Title("/slow")
+    desk.order(1, "pin", "one")
+    desk.order(2, "unload", "one")
+    gate.set()
+    error = desk.answer(1)
+    assert error is not None
+    assert error["code"] == "unknown_adapter"
+
+
+def test_one_that_cannot_be_had_keeps_no_other_from_being_pinned(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, {"here": Title("/here", pinned=True), "gone": Title("/gone", pinned=True), "more": Title("/more")})
+    desk.sources.content["/gone"] = ""
+    desk._send_pins()
+    desk.until(lambda: desk.pins == [1])
+    desk.order(1, "pin", "more")
+    assert desk.answer(1) is None
+    assert desk.pins[-1] == 2
+    desk.order(2, "unpin", "here")
+    assert desk.answer(2) is None
+    assert desk.pins[-1] == 1
+
+
+def test_what_is_pinned_is_not_forgotten(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "MOST_KNOWN", 4)
+    desk.library.titles |= {"one": Title("/one"), "two": Title("/two")}
+    desk.order(1, "pin", "one")
+    assert desk.answer(1) is None
+    for other in range(5):
+        desk.finder.remember((str(other),), Version("00" * 32, 1, 1, "/"))
+    desk.order(2, "pin", "two")
+    assert desk.answer(2) is None
+    desk.until(lambda: desk.pins[-1:] == [2])
+
+
+def test_merges_are_in_nobody_elses_way(desk: Desk) -> None:
+    gate = threading.Event()
+
+    def slow(_: Preparer) -> Version:
+        gate.wait(PATIENCE_S)
+        raise SourceError("not_found", "nothing is there")
+
+    for number in range(50):
+        desk.finder.ask((str(number),), slow, lambda *_: None, None, far=False, merged=True)
+    desk.order(1, "load", "one", "/one")
+    assert desk.answer(1) is None
+    assert len(desk.finder) == 50
+    gate.set()
+
+
+def test_a_name_that_cannot_be_written_down_holds_all_the_same(desk: Desk) -> None:
+    desk.library.file = Path("/proc/nowhere/adapters.json")
+    desk.order(1, "load", "one", "/one")
+    assert desk.answer(1) is None
+    assert desk.library.titles["one"].source == "/one"
+    assert desk.errors
+
+
+def test_a_name_does_not_stand_for_what_its_source_has_now(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.order(1, "load", "one", "/place")
+    assert desk.answer(1) is None
+    (tmp_path / "ready").unlink()
+    desk.sources.content["/place"] = "edited"
+    desk.order(2, "pin", "one")
+    error = desk.answer(2)
+    assert error is not None
+    assert error["limit"] == "changed_adapter"
+    desk.order(3, "load", "one")
+    assert desk.answer(3) is None
+    desk.order(4, "pin", "one")
+    assert desk.answer(4) is None
