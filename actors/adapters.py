@@ -10,7 +10,7 @@ from penstock.actors.actor import EXECUTOR, GATEWAY, SCHEDULER, Actor, Peer, Pee
 from penstock.actors.errors import Fault, Refusal, bad
 from penstock.actors.finding import Finder, Key, Then
 from penstock.actors.library import Library, Title
-from penstock.actors.messages import Find, Found, Manage, Managed, Pin
+from penstock.actors.messages import Find, Found, Leave, Manage, Managed, Pin
 from penstock.actors.preparing import Preparer, Version, Wanted, check_one_place
 from penstock.actors.sources.fetch import Limits, Settings
 from penstock.actors.sources.named import allowed_sources, check_name, check_source
@@ -41,7 +41,7 @@ class AdaptersActor(Actor):
         self.ordered: dict[str, int] = {}  # the last order of each name to load or unload it
         self.finder = Finder(self._preparer)
         self.mail.watch(self.finder.bell)
-        self.handlers |= {Find: self._find, Manage: self._manage}
+        self.handlers |= {Find: self._find, Leave: self._leave, Manage: self._manage}
         return {}
 
     def _folder(self) -> Path:
@@ -73,6 +73,9 @@ class AdaptersActor(Actor):
             for message in early:
                 self.handlers[type(message)](message)
             self._send_pins()  # those of another life
+        gateway = self.peers.get(GATEWAY)
+        if gateway is not None and gateway != before.get(GATEWAY):
+            self.finder.leave_all(gateway.incarnation)
         if self.peers.get(SCHEDULER) != before.get(SCHEDULER):
             self._send_pins()
 
@@ -110,19 +113,27 @@ class AdaptersActor(Actor):
             texts = [text for part, version in zip(parts, versions, strict=True) for text in (*part.key, version or "")]
             key = (", ".join(part.source.shown for part in parts), repr(wish), *texts)
             known_parts = list(zip(parts, versions, strict=True))
-            self.finder.ask(key, lambda preparer: preparer.merge(known_parts, recipe), answer, fresh, far=False, merged=True)
+            self.finder.ask(
+                key, lambda preparer: preparer.merge(known_parts, recipe), answer, fresh, far=False, merged=True, who=message.job
+            )
         elif title is None:
             known = self.finder.known(part.key)
-            self.finder.ask(part.key, lambda preparer: preparer.prepare(part, known), answer, fresh, far=part.far)
+            self.finder.ask(part.key, lambda preparer: preparer.prepare(part, known), answer, fresh, far=part.far, who=message.job)
         else:
             if message.digest in title.versions:  # a stream that had begun goes on with that
                 title = replace(title, versions=(message.digest,))
             if message.token is None:
-                self._ask_for(wish.names[0], title, answer)
+                self._ask_for(wish.names[0], title, answer, message.job)
             else:
                 key, version = _key_of(title, part), title.version
                 known = self.finder.known(key)
-                self.finder.ask(key, lambda preparer: preparer.again_for(part, version, known), answer, 0.0, far=part.far)
+                self.finder.ask(
+                    key, lambda preparer: preparer.again_for(part, version, known), answer, 0.0, far=part.far, who=message.job
+                )
+
+    def _leave(self, message: Leave) -> None:
+        self.early = [one for one in self.early if not (isinstance(one, Find) and one.job == message.job)]
+        self.finder.leave(message.job)
 
     def _wanted(self, name: str, token: str | None) -> Wanted:
         """What a name stands for: an adapter that is known by it, or a source, if those may be named. Raises `Refusal`."""
@@ -140,7 +151,7 @@ class AdaptersActor(Actor):
         source = check_source(title.source)
         return Wanted(source, title.token, replace(self.settings, allowed=self.settings.allowed.plus(source)))
 
-    def _ask_for(self, name: str, title: Title, then: Then) -> None:
+    def _ask_for(self, name: str, title: Title, then: Then, who: int | None = None) -> None:
         """A name stands for what was loaded under it, or, if that was never done, for what its source has now."""
         part = self._of_title(title)
         key = _key_of(title, part)
@@ -153,7 +164,7 @@ class AdaptersActor(Actor):
             if new and title.pinned:
                 self._send_pins()
 
-        self.finder.ask(key, lambda preparer: preparer.again(part, title.version), keep, None, far=part.far)
+        self.finder.ask(key, lambda preparer: preparer.again(part, title.version), keep, None, far=part.far, who=who)
 
     def _name(self, name: str, title: Title, version: Version) -> None:
         self._put(name, title)

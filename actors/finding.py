@@ -35,7 +35,9 @@ class Finder:
         self._preparer: Future[Preparer] | None = None
         self._versions: dict[Key, tuple[float, Version]] = {}  # when it was known to be so
         self._failures: dict[Key, tuple[float, Fault]] = {}
-        self._asked: dict[Key, list[Then]] = {}  # what is under way, and who waits for it
+        self._asked: dict[Key, list[tuple[int | None, Then]]] = {}  # what is under way, and who waits for it
+        self._work_of: dict[Key, Future[None]] = {}
+        self._waits: dict[int, Key] = {}
         self._done: list[tuple[Key, Version | None, Fault | None]] = []
 
     def __len__(self) -> int:
@@ -43,13 +45,14 @@ class Finder:
         return len(self._asked)
 
     def ask(
-        self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None, *, far: bool, merged: bool = False
-    ) -> None:
+        self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None, *, far: bool, merged: bool = False,
+        who: int | None = None,
+    ) -> None:  # fmt: skip
         """Have something made ready, unless it has been known for less than `fresh` seconds, or (None) at all. `then` is called now, or by
-        `collect`. `far`: another machine has it; `merged`: it is made of several."""
+        `collect`. `far`: another machine has it; `merged`: it is made of several. `who` may `leave`."""
         now = time.monotonic()
         if key in self._asked:
-            self._asked[key].append(then)
+            self._wait(key, who, then)
             return
         version, (when, _) = self.known(key), self._versions.get(key, (0.0, None))
         if version is not None and (fresh is None or now - when < fresh) and _is_there(version):
@@ -59,10 +62,31 @@ class Finder:
         if fault is not None and now - when < FAILED_S:
             then(None, fault)
             return
-        self._asked[key] = [then]
+        self._asked[key] = []
+        self._wait(key, who, then)
         if self._preparer is None or (self._preparer.done() and self._preparer.exception() is not None):
             self._preparer = self._near.submit(self._open)
-        (self._merged if merged else self._far if far else self._near).submit(self._work, key, work, self._preparer)
+        pool = self._merged if merged else self._far if far else self._near
+        self._work_of[key] = pool.submit(self._work, key, work, self._preparer)
+
+    def leave(self, who: int) -> None:
+        """It does not wait any more. What nobody waits for is not begun."""
+        key = self._waits.pop(who, None)
+        if key is None:
+            return
+        self._asked[key] = [(other, then) for other, then in self._asked[key] if other != who]
+        if not self._asked[key] and self._work_of[key].cancel():
+            del self._asked[key], self._work_of[key]
+
+    def leave_all(self, but: int) -> None:
+        """Those whose number has another upper half: they were a gateway's that is no more."""
+        for who in [who for who in self._waits if who >> 32 != but]:
+            self.leave(who)
+
+    def _wait(self, key: Key, who: int | None, then: Then) -> None:
+        self._asked[key].append((who, then))
+        if who is not None:
+            self._waits[who] = key
 
     def collect(self) -> Iterator[tuple[str, Fault]]:
         """Call those who wait for what is done. Yields what has failed, and why."""
@@ -80,7 +104,10 @@ class Finder:
                 now = time.monotonic()
                 self._failures = {one: found for one, found in self._failures.items() if now - found[0] < FAILED_S} | {key: (now, fault)}
                 yield key[0], fault
-            for then in self._asked.pop(key):
+            del self._work_of[key]
+            for who, then in self._asked.pop(key):
+                if who is not None:
+                    self._waits.pop(who, None)
                 then(version, fault)
 
     def known(self, key: Key) -> Version | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from penstock.actors.actor import ADAPTERS, Peer, PeerKey
-from penstock.actors.messages import Encode, Encoded, Find, Found
+from penstock.actors.messages import Encode, Encoded, Find, Found, Leave
 from penstock.actors.protocol import Generate
 from penstock.actors.request import OpenRequest
 from penstock.actors.tally import Tally
@@ -62,6 +62,7 @@ class Jobs:
         self._numbers = incarnation << 32
         self._turns = 0
         self._stirred = False  # something may be sent that could not be before
+        self._left: list[int] = []  # that the adapters actor need not answer any more
 
     def __len__(self) -> int:
         return len(self._open)
@@ -88,14 +89,17 @@ class Jobs:
         self.streams, self.tokens = self.streams + streams, self.tokens + tokens
         self.tally.add(job.tenant, streams, tokens)
 
-    def to_send(self, peers: Mapping[PeerKey, Peer]) -> Iterator[tuple[PeerKey, Encode | Find]]:
-        """What nobody has yet, each with who should: prompts go to the tokenizer that is the least busy. When peers have changed,
-        `reassign` comes first."""
+    def to_send(self, peers: Mapping[PeerKey, Peer]) -> Iterator[tuple[PeerKey, Encode | Find | Leave]]:
+        """What nobody has yet, each with who should: prompts go to the tokenizer that is the least busy; and what nobody waits for any
+        more. When peers have changed, `reassign` comes first."""
         if not self._stirred:
             return
         self._stirred = False
         adapters = peers.get(ADAPTERS)
+        left, self._left = self._left, []
         if adapters is not None and adapters.ready:
+            for number in left:
+                yield ADAPTERS, Leave(number)
             for job in self._open.values():
                 if job.find is not None and job.found is None and job.adapters != adapters.incarnation:
                     job.adapters = adapters.incarnation
@@ -161,6 +165,8 @@ class Jobs:
             self._stirred = True  # its tokenizer may take another one
             self.streams, self.tokens, job.request.job = self.streams - job.streams, self.tokens - job.tokens, None
             self.tally.remove(job.tenant, job.streams, job.tokens)
+            if job.adapters and job.found is None:
+                self._left.append(number)
         return job
 
     def forget(self, request: OpenRequest) -> None:

@@ -146,6 +146,13 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Leave:
+    """To the adapters actor: nobody waits for the answer to this `job` any more."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manage:
     """To the adapters actor, from an operator: `load` a `source` under a `name`, `unload` it, `pin` or `unpin` it, `list` all."""
 
@@ -317,5 +324,6 @@ INSIDE = Catalogue(
         1: Up, 2: Ready, 3: Heartbeat, 4: Died, 5: Peers, 6: Vitals, 7: Drain, 8: Stop, 9: Record, 10: Order,
         20: Encode, 21: Encoded, 22: Submit, 23: Abort, 24: Begin, 25: Step, 26: StepDone, 27: Emitted, 28: Released, 29: Journaled,
         30: Find, 31: Found, 32: Manage, 33: Managed, 34: Pin, 35: Load, 36: Loaded,
+        37: Leave,
     }
 )  # fmt: skip

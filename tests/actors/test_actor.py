@@ -12,20 +12,37 @@ from typing import Any
 import pytest
 import zmq
 
-from penstock.actors.actor import HEARTBEAT_S, Actor, Peer, Post
+from penstock.actors.actor import ADAPTERS, HEARTBEAT_S, Actor, Peer, Post
 from penstock.actors.admission import Admission, Held
 from penstock.actors.config import EngineConfig
 from penstock.actors.detokenizer import DetokenizerActor
 from penstock.actors.executor import ExecutorActor
+from penstock.actors.jobs import Jobs
 from penstock.actors.journal import Journal
 from penstock.actors.log import open_log
 from penstock.actors.mailbox import open_outbox
-from penstock.actors.messages import INSIDE, Drain, Emitted, Encode, Encoded, Heartbeat, Peers, Released, Step, StepDone, Stop
+from penstock.actors.messages import (
+    INSIDE,
+    Drain,
+    Emitted,
+    Encode,
+    Encoded,
+    Find,
+    Found,
+    Heartbeat,
+    Leave,
+    Peers,
+    Released,
+    Step,
+    StepDone,
+    Stop,
+)  # fmt: skip
 from penstock.actors.protocol import Generate
 from penstock.actors.request import OpenRequest
 from penstock.actors.resolve import Model
 from penstock.actors.sessions import Session
 from penstock.actors.tokenizer import TokenizerActor
+from penstock.engine.lora.recipe import Wish
 
 
 class Slow(Actor):
@@ -157,6 +174,23 @@ def test_a_tokenizer_that_dies_is_held_against_the_prompt_that_it_was_at() -> No
         given_up += admission.jobs.reassign({})
     assert [job.request.id for job in given_up] == ["guilty"]
     assert [job.request.id for job in admission.jobs] == ["behind it"]
+
+
+def test_whose_request_is_forgotten_tells_who_was_asked_for_its_adapter() -> None:
+    jobs, peers = Jobs(4), {ADAPTERS: Peer("adapters", 0, 9, "", True)}
+    for asked in (False, True):
+        request = OpenRequest("r", Session("c", "", b"id", 0.0), 0.0)
+        job = jobs.new(request, None, "", Wish(("one",)), None)
+        jobs.keep(job, 1, 1)
+        if asked:
+            assert [type(message) for _, message in jobs.to_send(peers)] == [Find]
+        jobs.forget(request)
+        assert list(jobs.to_send(peers)) == ([(ADAPTERS, Leave(job.number))] if asked else [])
+    answered = jobs.new(request, None, "", Wish(("one",)), None)
+    jobs.keep(answered, 1, 1)
+    assert len(list(jobs.to_send(peers))) == 1
+    assert jobs.answered(Found(answered.number, (b"", 1, ""), None)) is answered
+    assert not list(jobs.to_send(peers))
 
 
 def test_what_was_tokenized_for_a_former_gateway_is_nobodys_prompt() -> None:

@@ -180,6 +180,39 @@ def test_merges_are_in_nobody_elses_way(desk: Desk) -> None:
     gate.set()
 
 
+def test_what_nobody_waits_for_is_not_begun(desk: Desk) -> None:
+    gate, begun, told = threading.Event(), list[str](), list[int]()
+
+    def work(name: str) -> Callable[[Preparer], Version]:
+        def prepare(_: Preparer) -> Version:
+            begun.append(name)
+            gate.wait(PATIENCE_S)
+            raise SourceError("not_found", "nothing is there")
+
+        return prepare
+
+    def ask(name: str, who: int) -> None:
+        desk.finder.ask((name,), work(name), lambda *_: told.append(who), None, far=False, who=who)
+
+    for number in range(finding.NEAR):
+        ask(f"busy {number}", number)
+    desk.until(lambda: len(begun) == finding.NEAR)
+    ask("left", 100)
+    ask("shared", 101)
+    ask("shared", 102)
+    ask("former", 103 + (7 << 32))
+    for who in (0, 100, 101, 100):
+        desk.finder.leave(who)
+    desk.finder.leave_all(0)
+    assert len(desk.finder) == finding.NEAR + 1
+    gate.set()
+    desk.until(lambda: not len(desk.finder))
+    assert sorted(told) == [*range(1, finding.NEAR), 102]
+    assert {"left", "former"}.isdisjoint(begun)
+    ask("left", 104)
+    desk.until(lambda: told[-1:] == [104])
+
+
 def test_a_name_that_cannot_be_written_down_holds_all_the_same(desk: Desk) -> None:
     desk.library.file = Path("/proc/nowhere/adapters.json")
     desk.order(1, "load", "one", "/one")
