@@ -171,7 +171,7 @@ def test_who_did_not_say_hello_orders_nothing(running: Engine, connect: Callable
 
 
 def test_an_engine_that_is_drained_finishes_its_streams_refuses_others_and_ends(connect: Callable[..., Any]) -> None:
-    with Engine("tiny", executor="mock", window=1, drain_timeout=60.0) as engine:
+    with Engine("tiny", executor="mock", window=1, lease=60.0, drain_timeout=60.0) as engine:  # its client is silent for a while
         engine.wait(60)
         raw = connect(engine.address)
         raw.hello()
