@@ -14,13 +14,14 @@
 // Heads are normed and turned here, and the newest key and value, which are in the fused product with the queries, go to the pool; all
 // others are of earlier steps, so the first are on their way before the product is done. Numbers are bfloat16.
 //
-// Defined by who compiles this: HEADS, KV_HEADS, DIM (64 or 128), SIZE (keys in a block of the pool, a multiple of 16), PAIRS (that are
+// Defined by who compiles this: WARPS, HEADS, KV_HEADS, DIM (64 or 128), SIZE (keys in a block of the pool, a multiple of 16), PAIRS (that are
 // turned), NORM (of heads: 0, or 1), WINDOW.
 
 #include "warp.cuh"
 
-constexpr int WARPS = 8, UNIT = 16;
+constexpr int UNIT = 16;  // keys
 constexpr int SHARED = HEADS / KV_HEADS, MOST = 8;  // heads of a block, and of an instruction
+static_assert(SHARED <= MOST && SIZE % UNIT == 0 && DIM % 64 == 0 && 2 * PAIRS <= DIM, "no such shapes");
 constexpr int PARTS = DIM / 32, CHUNKS = DIM / 64;
 constexpr int LINE = DIM + 32;  // of a head in shared memory: neighbours are in other banks
 constexpr float LOG2_E = 1.4426950408889634f, NOTHING = -3e38f;  // of scores: below any
@@ -55,8 +56,9 @@ __device__ inline void turn(const unsigned short* head, const unsigned short* we
 }
 
 // qkv [rows, HEADS + 2 * KV_HEADS, DIM], a row every qkv_row numbers; keys and values [blocks, KV_HEADS, SIZE, DIM]; out [rows, HEADS, DIM].
-// A row has up to `splits` blocks for each KV head, of `least` units of keys or more; what they leave for the last of them is in `parts` [rows, HEADS, splits, DIM + 2], and
-// `tickets` [rows, KV_HEADS] are zero before and after. The rest is as in decode_attention.py.
+// A row has up to `splits` blocks for each KV head, and one more only where those before have `least` units of keys each; what they leave for
+// the last of them is in `parts` [rows, HEADS, splits, DIM + 2], and `tickets` [rows, KV_HEADS] are zero before and after. The rest is as in
+// decode_attention.py.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
     const unsigned short* qkv, unsigned short* keys, unsigned short* values, unsigned short* out, const s64* slots, const s64* starts,
     const s64* places, const int* table, const s64* count, const unsigned short* weights, const float* cos, const float* sin, float* parts,
@@ -159,11 +161,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
 #pragma unroll
       for (int i = 0; i < 8; i++) sum[i][0] *= one, sum[i][1] *= other, sum[i][2] *= one, sum[i][3] *= other;
     }
-    const u32 first = both(scores[0][0], scores[0][1]), second = both(scores[1][0], scores[1][1]);
+    const u32 of_first = both(scores[0][0], scores[0][1]), of_second = both(scores[1][0], scores[1][1]);
 #pragma unroll
     for (int i = 0; i < 8; i++) {  // dims 8 * group + i, and 64 more than that
       const auto pair = [&](int key, int c) { return c < CHUNKS ? pick_half(word(v[key][c], i / 2), word(v[key + 1][c], i / 2), i % 2) : 0; };
-      multiply(sum[i], pair(0, 0), pair(0, CHUNKS - 1), pair(2, 0), pair(2, CHUNKS - 1), first, second);
+      multiply(sum[i], pair(0, 0), pair(0, CHUNKS - 1), pair(2, 0), pair(2, CHUNKS - 1), of_first, of_second);
     }
     if (after < units) load_values(after, block);
     unit = after;

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from penstock.engine.attention.base import LayerShape
 from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
-from penstock.engine.kernels.decode_attention import Decodes, Turns
+from penstock.engine.kernels.decode_attention import MOST_SPLITS, Decodes, Turns
 from penstock.engine.kernels.processors import processors_of
 
 SOURCE = Path(__file__).with_name("row_attention.cu")
 KINDS = (*[c_void_p] * 14, c_uint64, *[c_int] * 4, c_float, c_float)
+DEFINES = ("HEADS", "KV_HEADS", "DIM", "SIZE", "PAIRS", "NORM", "WINDOW")
 WARPS = 8
 DIMS = (64, 128)
-MOST_SPLITS = 16
 FULL = 5  # units that a warp has, where a block is to have many
 LARGE, VERY_FEW = 4096, 16  # width of all heads, and blocks, see `split_for`
 MOST_SHARED = 8  # query heads of one KV head
@@ -33,14 +33,20 @@ def suits_rows(shape: LayerShape, turns: Turns, heads: Tensor, keys: Tensor) -> 
     plain = shape.softcap is None and not shape.sinks and shape.head_dim == shape.value_dim
     sized = shape.head_dim in DIMS and shape.heads // shape.kv_heads <= MOST_SHARED and keys.shape[2] % UNIT == 0
     kinds = {heads.dtype, keys.dtype, heads.dtype if turns.weights is None else turns.weights.dtype}
-    return plain and sized and kinds == {torch.bfloat16} and keys.is_cuda and _compiles(keys.device)
+    return plain and sized and kinds == {torch.bfloat16} and keys.is_cuda and _compiles(keys.device, *_values(shape, turns, keys))
+
+
+def _values(shape: LayerShape, turns: Turns, keys: Tensor) -> tuple[int, ...]:
+    """Of `DEFINES`, in their order."""
+    norm, window = int(turns.weights is not None), int(shape.window is not None)
+    return shape.heads, shape.kv_heads, shape.head_dim, keys.shape[2], turns.cos.shape[1], norm, window
 
 
 @cache
-def _compiles(device: torch.device) -> bool:
-    """Whether kernels can be compiled for a device; a warning says why not. Then Triton's attend."""
+def _compiles(device: torch.device, *values: int) -> bool:
+    """Whether the kernel can be compiled for a device; a warning says why not. Then Triton's attend."""
     try:
-        _kernel(device, 8, 8, 64, UNIT, 32, False, False)
+        _kernel(device, *values)
     except (CudaError, OSError) as error:
         warnings.warn(f"decodes attend slower: {error}", RuntimeWarning, stacklevel=2)
         return False
@@ -49,7 +55,7 @@ def _compiles(device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Among how many blocks to split the keys of a row at most, and how many units each has at least."""
+    """Among how many blocks to split the keys of a row at most; and there is one more only where those before have `least` units each."""
 
     most: int
     least: int
@@ -72,9 +78,7 @@ def attend_rows(
     together, into the same of out `[tokens, heads, head_dim]`, contiguous; the newest keys and values are written to the pool. See
     `suits_rows`, and `attend_decodes`. Raises `CudaError` if the kernel cannot be compiled or launched."""
     heads, kv_heads, dim, rows = shape.heads, shape.kv_heads, shape.head_dim, decodes.rows
-    kernel = _kernel(
-        qkv.device, heads, kv_heads, dim, keys.shape[2], turns.cos.shape[1], turns.weights is not None, shape.window is not None
-    )  # fmt: skip
+    kernel = _kernel(qkv.device, *_values(shape, turns, keys))
     split = split_for(shape, rows, processors_of(qkv.device))
     parts = out if split.most == 1 else torch.empty(rows * heads * split.most * (dim + 2), dtype=torch.float32, device=qkv.device)
     columns = (qkv, keys, values, out, decodes.slots, decodes.starts, turns.places, decodes.table, decodes.count)
@@ -87,6 +91,6 @@ def attend_rows(
 
 
 @cache
-def _kernel(device: torch.device, heads: int, kv_heads: int, dim: int, size: int, pairs: int, norm: bool, window: bool) -> CudaKernel:
-    defines = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "SIZE": size, "PAIRS": pairs, "NORM": int(norm), "WINDOW": int(window)}
+def _kernel(device: torch.device, *values: int) -> CudaKernel:
+    defines = {"WARPS": WARPS, **dict(zip(DEFINES, values, strict=True))}
     return load_kernel(SOURCE, "row_attention", KINDS, defines, device)

@@ -56,5 +56,5 @@ def emulated(_: torch.device, cut: few_rows.Blocks, *values: int) -> EmulatedKer
 @cache
 def emulated_rows(_: torch.device, *values: int) -> EmulatedKernel:
     """In the place of `row_attention._kernel`."""
-    defines = dict(zip(("HEADS", "KV_HEADS", "DIM", "SIZE", "PAIRS", "NORM", "WINDOW"), map(int, values), strict=True))
+    defines = {"WARPS": row_attention.WARPS, **dict(zip(row_attention.DEFINES, values, strict=True))}
     return EmulatedKernel(row_attention.SOURCE, "row_attention", row_attention.KINDS, defines)

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
+#include <random>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -12,7 +14,7 @@
 #define __device__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static  // blocks run one after another
+#define __shared__ static  // blocks run one after another, in any order
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -134,7 +136,12 @@ int launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, void** values,
   static void (*function)(Arguments...);
   function = kernel, given = values;
   body = [](void** all) { function(*(std::remove_reference_t<Arguments>*)all[i]...); };
-  for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+  static std::mt19937 random;
+  std::vector<u32> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);  // none may count on those before it
+  for (u32 block : order) {
+    blockIdx.x = block;
     fibers = std::vector<Fiber>(threads);
     for (Fiber& fiber : fibers) {
       getcontext(&fiber.context);
