@@ -1,17 +1,18 @@
 """Steps as CUDA graphs: one launch in the place of hundreds.
 
-A graph is captured for a `Size`, when a step first needs it. What a step has less than that is filled up: rows of a slot that nobody has,
-tokens that write no keys, tiles of no row. So the columns of a step (`engine.runner`), filled up, are all that a graph reads; they lie in
-one pinned buffer, and go to the device in one copy. Forward and sampling are one graph where every row only draws or takes the largest
-logit. Where a row wants more (penalties, filters, log-probabilities) the graph ends with the logits, and the sampler goes on from there.
+A graph is captured for a `Size`, when a step first needs it or before, when there is none. What a step has less than that is filled up:
+rows of a slot that nobody has, tokens that write no keys, tiles of no row. So the columns of a step (`engine.runner`), filled up, are all
+that a graph reads; they lie in one pinned buffer, and go to the device in one copy. Forward and sampling are one graph where every row only
+draws or takes the largest logit. Where a row wants more (penalties, filters, log-probabilities) the graph ends with the logits, and the
+sampler goes on from there.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -19,36 +20,17 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import Columns
+from penstock.engine.attention.prompt import LONG
 from penstock.engine.attention.triton import TritonAttention
 from penstock.engine.kernels.sample import sample_rows
-from penstock.engine.kernels.tiles import SMALL, TOGETHER, Cut
+from penstock.engine.kernels.tiles import LARGE, SMALL, TOGETHER, Cut
 from penstock.engine.lora.triton import TritonAdapters, room_for
 from penstock.engine.model.base import Model, run_model
 from penstock.engine.results import CannotRecord
+from penstock.engine.sizes import Mix, Size, beginnings, close, coarse, likely, samples_of
 
-FINE = 11  # from 2 to this power on, sizes of mixed steps are a sixteenth apart
-FEW_SAMPLES = 16  # of a step with chunks: logits of as many as there can be take time
-
-
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """The adapters of a step: tiles of `rows` tokens (`engine.kernels.tiles`), and up to `pages` pages for each."""
-
-    rows: int
-    pages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """How much a graph has room for. Without `chunks` there is a decode for each token, and every token is sampled. Without a `mix` all
-    tokens are the base model's, and adapters cost nothing. `prompt`: the chunk is one alone, a long prompt from its beginning."""
-
-    tokens: int
-    samples: int
-    chunks: bool
-    plain: bool
-    mix: Mix | None = None
-    prompt: bool = False
+Int64 = npt.NDArray[np.int64]
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,10 +67,6 @@ class Graph:
     out: Tensor
 
 
-Int64 = npt.NDArray[np.int64]
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
-
-
 class StepGraphs:
     """The steps of a model that is attached to `attention`, of up to `most` tokens. `last` int64 `[slots + 1]` are the last tokens of each
     slot, and of the one that nobody has. At most `in_flight` results may be waited for."""
@@ -100,7 +78,7 @@ class StepGraphs:
         self.model, self.attention, self.last, self.adapters = model, attention, last, adapters
         self.record = CudaRecord(last.device) if record is None else record
         self.nobody = len(last) - 1
-        self.rows = sizes(self.nobody)
+        self.rows = close(self.nobody)
         self.tokens = coarse(max(most, self.nobody))
         mix = None if adapters is None else Mix(SMALL, TOGETHER)
         largest = Size(self.tokens[-1], self.nobody, chunks=True, plain=True, mix=mix)
@@ -116,14 +94,16 @@ class StepGraphs:
         ]  # fmt: skip
         self._turn = self._turns[0]
         self._graphs: dict[Size, Graph] = {}
-        self._seen: Counter[Size] = Counter()
         self._mixes: dict[Mix, None] = {}  # that steps had, in order
+        cuts = () if adapters is None else (SMALL, LARGE) if adapters.rows is None else (adapters.rows,)
+        self._possible = [Mix(cut, pages) for cut in cuts for pages in (1, TOGETHER)]
         self._unfit: set[Size] = set()  # there was no memory for them, and then none is captured before it is asked for
+        self._longest = LONG if attention.suits_prompt else None  # tokens of a prompt that may be a step by itself
         self._logits: Tensor | None = None  # of a step that ends with them: one place for all graphs
 
     def find(self, columns: Columns, *, plain: bool, adapted: bool = False) -> Size | None:
-        """The size at which a step is to be run here, if it is; `adapted`: as the adapters prepared it. Capturing takes longer than a step
-        by itself: what is not decodes alone is captured when it comes the second time."""
+        """The size at which a step is to be run here, if it is; `adapted`: as the adapters prepared it. What takes long to capture, long
+        prompts by themselves, is only there if it was prepared."""
         tokens, samples, chunks = len(columns["positions"]), len(columns["sample_slots"]), "tokens" in columns
         sizes = self.tokens if chunks else self.rows
         at = bisect_left(sizes, tokens)
@@ -132,12 +112,11 @@ class StepGraphs:
         mix = self._mix() if adapted else None
         if adapted and mix is None:
             return None
-        samples = self._samples(samples, sizes[at]) if chunks else sizes[at]
-        size = Size(sizes[at], samples, chunks, plain, mix, chunks and self.attention.prompt)
-        if size in self._graphs:
-            return size
-        self._seen[size] += 1
-        return size if (not chunks or self._seen[size] > 1) and size not in self._unfit else None
+        samples = samples_of(samples, sizes[at], self.nobody) if chunks else sizes[at]
+        size = Size(sizes[at], samples, chunks, plain, mix)
+        if self.attention.prompt and (prompt := replace(size, prompt=True)) in self._graphs:
+            return prompt
+        return None if size in self._unfit else size
 
     def run(self, size: Size, columns: Columns, begin: Callable[[], None] | None = None) -> Tensor:
         """Launch a step; `begin` is called when its columns are on their way. Returns the ids `[samples]` if it is `plain`, else the
@@ -157,21 +136,14 @@ class StepGraphs:
         return graph.out[: len(columns["sample_slots"])]
 
     def prepare(self) -> bool:
-        """Capture one of the graphs that steps are likely to need. Returns whether there are more. Raises `CannotRecord`.
-
-        The largest first: they share one memory, and what one leaves is used by another only if that needs no more.
-        """
+        """Capture one of the graphs that steps are likely to need. Returns whether there are more. Raises `CannotRecord`."""
         if self._unfit:
             return False
-        missing: list[Size] = []
-        for mix in (None, *self._mixes):
-            decodes = [Size(rows, rows, chunks=False, plain=True, mix=mix) for rows in reversed(self.rows)]
-            mixed = [
-                Size(tokens, self._samples(samples, tokens), chunks=True, plain=True, mix=mix)
-                for samples in (self.nobody, 1)
-                for tokens in reversed(self.tokens)
-            ]
-            missing += [size for size in (mixed[0], *decodes, *mixed[1:]) if size not in self._graphs]
+        sizes = chain(
+            likely(self.rows, self.tokens, (None, *self._mixes), self._longest),
+            *(beginnings(self.rows, self.tokens, mix) for mix in self._possible),  # or the first of a kind would hold everybody up
+        )  # fmt: skip
+        missing = [size for size in sizes if size not in self._graphs]
         for size in missing[:1]:
             self._capture(size)
         return len(missing) > 1
@@ -183,11 +155,6 @@ class StepGraphs:
         if event is not None:
             event.record()
         return Replayed(there, event)
-
-    def _samples(self, samples: int, tokens: int) -> int:
-        """Of a step with chunks: few, or as many as there can be."""
-        most = min(self.nobody, tokens)
-        return min(FEW_SAMPLES, most) if samples <= FEW_SAMPLES else most
 
     def _mix(self) -> Mix | None:
         """Of the step that the adapters prepared last; None if one of them has more pages than graphs have room for."""
@@ -223,10 +190,8 @@ class StepGraphs:
     def _capture(self, size: Size) -> Graph:
         """Raises `CannotRecord`."""
         columns = self._columns(size)
-        empty = np.zeros(len(self._words), np.int64)
-        fill_up(empty, columns, {})
-        self._words.copy_(torch.from_numpy(empty))
-        sent = {name: self._words[at : at + length] for name, (at, length, _) in columns.items()}
+        # Whoever runs it to record it runs a step of nobody.
+        sent = {name: self._words[at : at + length].fill_(empty) for name, (at, length, empty) in columns.items()}
         temperature = sent["draw.temperature"].view(torch.float32)[: size.samples]
 
         def step() -> Tensor:
@@ -248,6 +213,9 @@ class StepGraphs:
         try:
             replay, out = self.record(step)
         except Exception as error:  # Triton's errors have no base but this; what a step cannot bear, it says when it is run by itself
+            if size.prompt:
+                self._longest = None  # long prompts can do without
+                raise CannotRecord(f"{size} cannot be recorded: {error}", lasting=False) from error
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):  # the driver's own has another type
                 self._unfit.add(size)
                 raise CannotRecord(f"no memory to record {size}: {error}", lasting=False) from error
@@ -257,28 +225,29 @@ class StepGraphs:
 
 
 class CudaRecord:
-    """Runs a step once, which compiles what must be compiled, and then records it. As one step runs at a time, all use the same memory.
-    A kernel keeps the priority of the stream that it was recorded in: those of branches beside it wait for room."""
+    """Records a step without running it: the device goes on with the steps before. As one step runs at a time, all use the same memory. A
+    kernel keeps the priority of the stream that it was recorded in: those of branches beside it wait for room."""
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(self._stream):
-                step()
-                torch.cuda.empty_cache()  # what it took: a graph has memory of its own, and cannot ask for this while it is recorded
-                # Other threads go on meanwhile: they wait for the events of earlier steps.
-                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                try:
-                    out = step()
-                finally:
-                    graph.capture_end()
-        finally:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            return self._record(step)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # of what steps left that were not recorded: a graph has memory of its own, and cannot ask for theirs
+            return self._record(step)
+
+    def _record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # What was never compiled is, and loaded, which no other mode allows.
+            graph.capture_begin(pool=self._memory, capture_error_mode="relaxed")
+            try:
+                out = step()
+            finally:
+                graph.capture_end()
         return graph.replay, out
 
 
@@ -296,22 +265,3 @@ def fill_up(words: np.ndarray, places: Mapping[str, tuple[int, int, int]], colum
         if column is not None:
             room = words[at : at + length]
             (room.view(np.float32) if column.dtype == np.float32 else room)[:have] = column
-
-
-def coarse(most: int) -> list[int]:
-    """Numbers of tokens that mixed steps are captured for: a third apart while they are few, an eighth and then a sixteenth from where
-    their products take longer the more they are."""
-    found = {most, *(size for power in range(4, 9) for size in (2**power, 3 * 2**power // 2))}
-    for power in range(9, most.bit_length()):
-        parts = 8 if power < FINE else 16
-        found |= {2**power * part // parts for part in range(parts, 2 * parts)}
-    return sorted(size for size in found if size <= most)
-
-
-def sizes(most: int) -> list[int]:
-    """Numbers of rows that graphs are captured for: few enough to capture, and hardly a quarter more than a step has."""
-    found, size = {most}, 1
-    while size < most:
-        found.add(size)
-        size += max(1, 2 ** (size.bit_length() - 3))
-    return sorted(found)

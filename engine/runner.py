@@ -40,7 +40,8 @@ from penstock.engine.spans import Span, SpanClock
 from penstock.engine.staging import Copied, Here, HostStaging, PinnedStaging, Returned, Staging
 
 if TYPE_CHECKING:
-    from penstock.engine.graphs import Size, StepGraphs
+    from penstock.engine.graphs import StepGraphs
+    from penstock.engine.sizes import Size
 
 PROMPT_LOGITS = 1 << 25  # logits computed at once for prompt log-probabilities
 Rows = npt.NDArray[np.intp]
@@ -296,9 +297,7 @@ def _attention(config: RunnerConfig, pool: KVPool, model: Model) -> AttentionBac
     return GatherAttention(pool, model.layers)
 
 
-def _graphs(
-    config: RunnerConfig, model: Model, attention: AttentionBackend, last: Tensor, adapters: Adapters | None
-) -> StepGraphs | None:
+def _graphs(config: RunnerConfig, model: Model, attention: AttentionBackend, last: Tensor, adapters: Adapters | None) -> StepGraphs | None:
     if not config.graphs or model.device.type != "cuda" or not can_fuse(attention):
         return None
     from penstock.engine.graphs import StepGraphs  # Triton comes with CUDA builds of torch only

@@ -47,8 +47,8 @@ class TritonAttention:
         self.places = self.table
         self._grid = (0, 0)  # decodes, and the longest of them
         self.prompt = False  # whether the step that was prepared last is one long prompt from its beginning
-        self._prompt = False  # whether the one that was begun last may be treated so
-        self._suits_prompt = not deterministic and all(suits_prompt(layer, dtype or pool.dtype, pool.dtype, device) for layer in layers)
+        self._as_prompt = False  # whether the one that was begun last is taken for one
+        self.suits_prompt = not deterministic and all(suits_prompt(layer, dtype or pool.dtype, pool.dtype, device) for layer in layers)
 
     @property
     def longest(self) -> int:
@@ -58,7 +58,7 @@ class TritonAttention:
     def prepare(self, rows: StepRows, positions: Int32, places: Int32) -> Columns:
         decodes = 0 if self.deterministic else rows.decodes
         self._grid = (decodes, int(rows.starts[:decodes].max()) + 1 if decodes else 0)
-        self.prompt = self._suits_prompt and len(rows.slots) == 1 and int(rows.starts[0]) == 0 and int(rows.counts[0]) >= LONG
+        self.prompt = self.suits_prompt and len(rows.slots) == 1 and int(rows.starts[0]) == 0 and int(rows.counts[0]) >= LONG
         sent: Columns = {"places": places, "decodes": np.array([decodes])}
         slots, columns = rows.written
         if len(slots):
@@ -100,7 +100,7 @@ class TritonAttention:
     def begin_sized(self, columns: Mapping[str, Tensor], decodes: int, longest: int, *, prompt: bool = False) -> None:
         """`begin`, for up to so many decodes, which are the first tokens; `longest` only decides how many programs share one. `prompt`: the
         step is one prompt from its beginning, and what fills it up."""
-        self._prompt = prompt
+        self._as_prompt = prompt
         self.places = columns["places"]
         decodes = 0 if self.deterministic else decodes
         splits = splits_for(decodes, self.kv_heads, self.processors, longest)
@@ -133,11 +133,12 @@ class TritonAttention:
         self, layer: LayerAttention, qkv: Tensor, weights: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor, positions: Tensor
     ) -> Tensor:
         """From a layer's fused product `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads, dim]`: norm and turn the heads, write
-        keys and values, attend. See `engine.kernels.heads.turn_heads`. A step of decodes alone does it all in one launch."""
+        keys and values, attend. See `engine.kernels.heads.turn_heads`. A step of decodes alone does it all in one launch. Raises
+        `CudaError` (`engine.kernels.row_attention`) and, for a long prompt, `RuntimeError`."""
         shape = layer.shape
         heads = qkv.view(len(qkv), -1, shape.head_dim)
         pool = layer.keys, layer.values
-        if self._prompt:
+        if self._as_prompt:
             k = heads.new_empty((len(heads), shape.kv_heads, shape.head_dim))
             q = turn_heads(qkv, weights, epsilon, cos, sin, positions, self.places, *pool, kept=k)
             return attend_prompt(q, k, heads[:, -shape.kv_heads :], shape.scaling)

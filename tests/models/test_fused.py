@@ -97,6 +97,72 @@ def test_graphs_are_captured_one_by_one_while_there_is_no_step_and_then_no_more(
     assert set(graphs._graphs) == prepared
 
 
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompts of 8 tokens are long ones. Returns how many tokens those had that attended as such; cuDNN's part torch does, where there is
+    none."""
+    from penstock.engine import graphs
+    from penstock.engine.attention import triton
+
+    attended = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+        attended.append(len(q))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    monkeypatch.setattr(triton, "attend_prompt", attend)
+    monkeypatch.setattr(triton, "suits_prompt", lambda *_: True)
+    for module in (triton, graphs):
+        monkeypatch.setattr(module, "LONG", 8)
+    return attended
+
+
+@here
+def test_a_long_prompt_by_itself_attends_as_one_if_that_was_prepared(prompts: list[int]) -> None:
+    got = []
+    for prepared in (False, True):
+        runner = Runner(build(make("llama").to(DEVICE)), RunnerConfig(slots=2, blocks=4, columns=2, attention="triton", graphs=0))
+        runner.graphs = sized(runner)
+        while prepared and runner.prepare():
+            pass
+        assert set(prompts) == ({16, 24, 32} if prepared else set())
+        prompts.clear()
+        requests = [request(0, list(range(1, 20)), 4)]
+        got.append(
+            [
+                outcome.ids
+                for outcome in run(runner, SchedulerConfig(slots=2, blocks=4, token_budget=24, max_model_len=32), [requests]).values()
+            ]
+        )
+        assert set(prompts) == ({24} if prepared else set())
+    assert got[0] == got[1]
+
+
+@here
+def test_where_long_prompts_cannot_be_recorded_all_else_is(prompts: list[int]) -> None:
+    runner = Runner(build(make("llama").to(DEVICE)), RunnerConfig(slots=2, blocks=4, columns=2, attention="triton", graphs=0))
+    runner.graphs = graphs = sized(runner)
+    record, failed = graphs.record, []
+
+    def without(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        recorded = record(step)
+        if prompts:
+            failed.append(prompts.pop())
+            raise RuntimeError("no valid execution plans built")
+        return recorded
+
+    graphs.record = without
+    while runner.prepare():
+        pass
+    assert failed == [32]
+    assert runner.graphs is graphs
+    assert {size.tokens for size in graphs._graphs if size.chunks} == set(graphs.tokens)
+    run(runner, SchedulerConfig(slots=2, blocks=4, token_budget=24, max_model_len=32), [[request(0, list(range(1, 20)), 2)]])
+    assert not any(size.prompt for size in graphs._graphs)
+
+
 @here
 def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
     from penstock.engine.graphs import StepGraphs
