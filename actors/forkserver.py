@@ -27,6 +27,9 @@ from penstock.actors.process import ACTORS, be_actor, post_from_json, post_to_js
 
 MOST_BYTES = 1 << 16  # of one request
 HEAVY = ("penstock.engine.model.build", "penstock.engine.memory", "penstock.engine.runner")  # torch, and all that runs a model
+# transformers imports these wherever they are installed, for pictures and figures that nobody asks for here, and takes twice as long. What
+# `sys.modules` has as None is not to be found.
+NEEDLESS = ("torchvision", "sklearn")
 
 
 class ForkServer:
@@ -137,6 +140,7 @@ def main() -> None:
     control = socket.socket(fileno=parser.parse_args().fd_control)
     # Ctrl-C reaches every process of the terminal: the supervisor drains first and then stops its actors.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.modules.update(dict.fromkeys(NEEDLESS))  # type: ignore[arg-type]
     for name in ACTORS.values():
         importlib.import_module(name.partition(":")[0])
     loaded = False

@@ -11,8 +11,9 @@ import pytest
 
 from penstock.actors.actor import Post
 from penstock.actors.config import EngineConfig
-from penstock.actors.forkserver import ForkServer
+from penstock.actors.forkserver import NEEDLESS, ForkServer
 from penstock.actors.worker import ProcessWorker
+from penstock.clients import launch
 
 
 def post(folder: Path, kind: str = "tokenizer", incarnation: int = 1) -> Post:
@@ -64,3 +65,15 @@ def test_one_that_imports_may_take_longer_than_one_that_only_has_to_fork(tmp_pat
         for one in workers:
             one.close()
         forks.close()
+
+
+def test_packages_that_transformers_only_imports_because_they_are_there_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NEEDLESS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("from pathlib import Path\nPath(__file__).with_name('imported').touch()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with launch("tiny") as client:
+        assert client.generate("x", max_tokens=4).ids
+    assert not list(tmp_path.glob("*/imported"))
