@@ -39,7 +39,9 @@ class EngineConfig:
     blocks: int | None = _setting(None, "KV blocks; none: as many as memory allows")
     max_running: int = _setting(256, "most requests in one step")
     token_budget: int | None = _setting(None, "most tokens in one step; none: 8192 on a GPU, 512 on a CPU")
-    lookahead: int = _setting(1, "plans sent before the results of earlier ones are back: 0, 1 or 2")
+    lookahead: int | None = _setting(
+        None, "plans sent before the results of earlier ones are back: 0, 1 or 2; none: 1, and 2 where steps are short"
+    )
     quantum: int | None = _setting(
         None, "tokens of a step that a tenant gets at least while others ask for less; 0: all that it wants; none: 64 on a GPU, 16 on a CPU"
     )
@@ -104,7 +106,7 @@ class EngineConfig:
             "decoder": ("auto", "native", "adopted"),
             "executor": ("model", "mock"),
             "block_size": (16, 32),
-            "lookahead": (0, 1, 2),
+            "lookahead": (None, 0, 1, 2),
             "placement": ("processes", "threads"),
             "log_level": ("debug", "info", "warning", "error"),
         }

@@ -16,12 +16,14 @@ from penstock.actors.columns import int32, int64, request_from, result_from_done
 from penstock.actors.errors import Refusal
 from penstock.actors.messages import Abort, Begin, Emitted, Journaled, Load, Loaded, Pin, Record, StepDone, Submit
 from penstock.actors.recordings import keep, recordings_folder
+from penstock.engine.plan import MOST_AHEAD
 from penstock.engine.recorder import RecordedScheduler
 from penstock.engine.recording import encode
 from penstock.engine.request import Adapter, Request
 from penstock.engine.scheduler import Commit, Ended, Scheduler, SchedulerConfig
 
 Handles = TypeVar("Handles", int, npt.NDArray[np.int64])
+SHORT_S = 0.006  # of a step, from when it was launched until its results are back
 HOST_SAMPLES = 1024  # steps that the host time's percentiles are over
 AHEAD = 32  # messages that may be on their way to the journal: beyond that the CPU is the bottleneck, and queues would only grow
 
@@ -40,6 +42,7 @@ class SchedulerActor(Actor):
         self.crew: set[int] = set()  # incarnations of the peers that streams depend on, as of the last Begin
         self.flying: list[int] = []  # streams that were in a step of an executor that died since
         self.step_seconds = 0.0
+        self.ahead = plans_ahead(self.config.lookahead, SHORT_S)
         self.spent = 0.0  # CPU seconds of plan and commit since the last commit
         self.host_seconds: deque[float] = deque(maxlen=HOST_SAMPLES)
         self.pinned: tuple[Adapter, ...] = ()
@@ -168,6 +171,7 @@ class SchedulerActor(Actor):
         self.commits.append(self.scheduler.commit(result_from_done(message), time.monotonic()))
         self.spent += time.thread_time() - begun
         self.step_seconds += message.seconds
+        self.ahead = plans_ahead(self.config.lookahead, message.seconds)
         self._launch()  # before the results are told: the executor must not wait for that
         self.host_seconds.append(self.spent)
         self.spent = 0.0
@@ -192,7 +196,7 @@ class SchedulerActor(Actor):
         scheduler = self.scheduler
         if max(emitted - journaled for emitted, journaled in zip(self.emitted, self.journaled, strict=True)) > AHEAD:
             return
-        while scheduler is not None and scheduler.in_flight <= self.config.lookahead:
+        while scheduler is not None and scheduler.in_flight <= self.ahead:
             begun = time.thread_time()
             plan = scheduler.plan(time.monotonic())
             self.spent += time.thread_time() - begun
@@ -261,6 +265,14 @@ class SchedulerActor(Actor):
         """Of the CPU time of `plan` and `commit` together, over the last steps."""
         ordered = sorted(self.host_seconds) or [0.0]
         return {"host_p50_s": ordered[len(ordered) // 2], "host_p99_s": ordered[len(ordered) * 99 // 100]}
+
+
+def plans_ahead(asked: int | None, seconds: float) -> int:
+    """How many plans to send before the results of earlier ones are back, where the last step took so long. With one, a device waits for
+    the host wherever a round of messages takes longer than a step does; with more, requests that arrive wait for more steps."""
+    if asked is not None:
+        return asked
+    return MOST_AHEAD if seconds < SHORT_S else 1
 
 
 def detokenizer_of(handle: Handles, count: int) -> Handles:

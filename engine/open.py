@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine.mock import PACED, MockRunner
+from penstock.engine.plan import MOST_AHEAD
 
 if TYPE_CHECKING:
     from penstock.engine.runner import Runner
@@ -55,7 +56,7 @@ def open_model(
     blocks: int | None,
     max_running: int,
     token_budget: int | None,
-    lookahead: int,
+    lookahead: int | None,
     threads: int | None,
     seed: int,
     decoder: str,
@@ -102,7 +103,7 @@ def open_model(
     )  # fmt: skip
     count = count_blocks(built, work, memory or (0.3 if on_cpu else 0.9), blocks=blocks, graphs=graphs)
     marks.append(time.perf_counter())
-    runner = Runner(built, work.config(count, in_flight=lookahead + 1, graphs=graphs))
+    runner = Runner(built, work.config(count, in_flight=(MOST_AHEAD if lookahead is None else lookahead) + 1, graphs=graphs))
     step_s = warm_up(runner) * work.token_budget
     marks.append(time.perf_counter())
     runner.clock = SpanClock(runner.device) if time_steps else None

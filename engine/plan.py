@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from penstock.engine.request import Sampler
 
+MOST_AHEAD = 2  # plans that are sent before the results of earlier ones are back
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
