@@ -6,7 +6,8 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,10 @@ class PageFile:
     themselves. What is in it `read_pages` checks."""
 
     def __init__(self, path: Path) -> None:
-        with _reading(path):
-            self._path, self._file = path, path.open("rb", buffering=0)
-            self._begin = 8 + struct.unpack("<Q", self._file.read(8))[0]  # `data` lies first
+        with _reading(path), ExitStack() as stack:
+            self._path, self._file = path, stack.enter_context(path.open("rb", buffering=0))
+            self._begin = _begin_of_data(self._file)
+            stack.pop_all()  # it stays open
 
     def read(self, into: Sequence[Bytes], at: int) -> None:
         """Fill arrays one after another, from byte `at` of the pages. Raises `AdapterError` (broken_adapter)."""
@@ -96,6 +98,14 @@ class PageFile:
         self._file.close()
 
 
+def _begin_of_data(file: FileIO) -> int:
+    """As the header says: in files that safetensors laid out itself `used` lies first."""
+    length = struct.unpack("<Q", file.read(8))[0]
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"it ends before its header of {length} bytes")
+    return int(8 + length + json.loads(file.read(length))["data"]["data_offsets"][0])
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     from safetensors import SafetensorError
@@ -104,5 +114,5 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise AdapterError("missing_adapter", f"{path}: there is no such file") from error
-    except (SafetensorError, OSError, KeyError, ValueError, struct.error) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, struct.error) as error:
         raise AdapterError("broken_adapter", f"{path}: {error}") from error

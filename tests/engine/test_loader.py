@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from penstock.engine.lora import host
 from penstock.engine.lora.adapters import Adapters
@@ -90,6 +93,27 @@ def test_a_page_is_read_in_whatever_parts_the_disk_gives_them(most: int, tmp_pat
         file.read(parts, 1234)
     file.close()
     assert caught.value.code == "broken_adapter"
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}"], ids=range(5))
+def test_a_file_without_a_header_is_broken_and_does_not_stay_open(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad").write_bytes(content)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(AdapterError) as caught:
+        PageFile(tmp_path / "bad")
+    assert len(os.listdir("/proc/self/fd")) == before, "while the error is still held"
+    assert caught.value.code == "broken_adapter"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pages_are_read_from_where_they_lie(dtype: torch.dtype, tmp_path: Path) -> None:
+    data, used = write(tmp_path / "good", LAYOUT, 20, dtype)
+    save_file({"data": data, "used": used}, tmp_path / "older")  # by the size of their elements
+    for name in ("good", "older"):
+        got = np.zeros(data.nbytes, np.uint8)
+        with closing(PageFile(tmp_path / name)) as file:
+            file.read([got], 0)
+        assert np.array_equal(got, data.view(torch.uint8).flatten().numpy()), name
 
 
 def test_an_adapter_comes_to_its_pages(loader: AdapterLoader, tmp_path: Path) -> None:
