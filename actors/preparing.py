@@ -91,7 +91,7 @@ class Preparer:
             return None
         try:
             return Version(digest, *read_size(path), str(path))
-        except AdapterError:
+        except (AdapterError, OSError):
             return None  # it is made anew
 
     def again(self, wanted: Wanted, digest: str | None, known: Version | None = None) -> Version:

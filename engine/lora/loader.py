@@ -62,7 +62,7 @@ class AdapterLoader:
                 error = None
             except Exception as failure:  # noqa: BLE001  whatever it was, somebody waits to hear of it
                 error = f"{type(failure).__name__}: {failure}"
-                if isinstance(failure, AdapterError | ValueError):  # a file that is broken would be found again and again
+                if _is_the_files(failure):  # it would be found again and again
                     with suppress(OSError):
                         Path(order.path).unlink()
             order.told(error)
@@ -122,7 +122,12 @@ class AdapterLoader:
             self._stream.synchronize()
 
     def _read(self, order: Order) -> tuple[Tensor, Tensor]:
-        """All of a file's pages. Raises `AdapterError`, and `ValueError` if they are not what was ordered."""
+        """All of a file's pages. Raises `AdapterError`, `OSError`, and `ValueError` if they are not what was ordered."""
         content = read_pages(Path(order.path))
         self._adapters.check(order.pages, *content)
         return content
+
+
+def _is_the_files(failure: Exception) -> bool:
+    """Whether it is the fault of what is in a file."""
+    return isinstance(failure, ValueError) or (isinstance(failure, AdapterError) and failure.code == "broken_adapter")

@@ -54,7 +54,7 @@ def _write(file: int, content: bytes | memoryview, at: int) -> None:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """How many pages there are, and the adapter's rank. Raises `AdapterError`."""
+    """How many pages there are, and the adapter's rank. Raises `AdapterError` and `OSError`."""
     from safetensors import safe_open
 
     with _reading(path), safe_open(path, framework="pt") as file:
@@ -63,7 +63,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
 def read_pages(path: Path) -> tuple[Tensor, Tensor]:
     """Its pages `[pages, elements]`, and how many rank rows each site has in each, as views of the file. Raises `AdapterError`
-    (missing_adapter, broken_adapter)."""
+    (missing_adapter, broken_adapter) and `OSError`."""
     from safetensors import safe_open
 
     with _reading(path), safe_open(path, framework="pt") as file:
@@ -81,7 +81,7 @@ class PageFile:
             stack.pop_all()  # it stays open
 
     def read(self, into: Sequence[Bytes], at: int) -> None:
-        """Fill arrays one after another, from byte `at` of the pages. Raises `AdapterError` (broken_adapter)."""
+        """Fill arrays one after another, from byte `at` of the pages. Raises `AdapterError` (broken_adapter) and `OSError`."""
         with _reading(self._path):
             left, at = [part.data for part in into if len(part)], self._begin + at
             while left:
@@ -108,11 +108,14 @@ def _begin_of_data(file: FileIO) -> int:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """What is wrong with the file is an `AdapterError`. That it cannot be read now, for want of descriptors say, stays an `OSError`."""
     from safetensors import SafetensorError
 
     try:
         yield
     except FileNotFoundError as error:
+        if path.exists():  # safetensors says that of any file that it cannot open
+            raise OSError(f"{path} cannot be opened") from error
         raise AdapterError("missing_adapter", f"{path}: there is no such file") from error
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError, struct.error) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, struct.error) as error:
         raise AdapterError("broken_adapter", f"{path}: {error}") from error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 
@@ -171,6 +174,26 @@ def test_whoever_waits_hears_of_what_nobody_thought_of(loader: AdapterLoader, tm
     assert "ZeroDivisionError" in error
     assert load(loader, tmp_path / "good", 0, 1) is None, "it is no fault of the file's"
     assert load(loader, tmp_path / "not there", 2, 3) is not None
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "number"),
+    [(safetensors, "safe_open", errno.ENOENT), (Path, "open", errno.EMFILE), (os, "preadv", errno.EIO)],  # the first says so of any reason
+    ids=["mapped", "opened", "read"],
+)
+def test_a_file_stays_that_cannot_be_read_now(
+    loader: AdapterLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, call: str, number: int
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    data, _ = write(tmp_path / "good", LAYOUT, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, call, refuse)
+        error = load(loader, tmp_path / "good", 0, 1)
+    assert (error or "").startswith("OSError") or (loader.host is None and where is not safetensors)
+    assert load(loader, tmp_path / "good", 0, 1) is None
+    assert torch.equal(loader._adapters.pool.data[[0, 1]], data)
 
 
 def test_the_thread_goes_on_without_memory_and_without_a_disk_to_write_to(
