@@ -53,7 +53,7 @@ class AdapterLoader:
     def close(self) -> None:
         self._orders.put(None)
         self._thread.join(timeout=5)
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False)  # what is to be read is read: nobody hears of a future that is cancelled here
 
     def _run(self) -> None:
         while (order := self._orders.get()) is not None:
@@ -85,6 +85,7 @@ class AdapterLoader:
         with ExitStack() as stack:
             used: Tensor | None = None
             file: PageFile | None = None
+            reading: list[Future[None]] = []
             for at, number in enumerate(order.pages):
                 page = host.find((order.path, at))
                 if page is not None:
@@ -92,21 +93,23 @@ class AdapterLoader:
                     continue
                 if file is None or used is None:
                     file, used = stack.enter_context(closing(PageFile(Path(order.path)))), self._read(order)[1]
+                    stack.callback(wait, reading)  # before it is closed: if one fails, the others still read
                 page = host.take()
                 page.used = used[at].clone()
-                filled = self._fill(page, file, at)
-                stack.callback(wait, filled)  # if one of them fails, the others still read
-                self._copy(page, number, filled)
+                self._copy(page, number, self._fill(page, file, at, reading))
                 host.give((order.path, at), page)
 
-    def _fill(self, page: HostPage, file: PageFile, number: int) -> list[Future[None]]:
-        """Read a page of a file to its pieces, each reader some that follow each other. Returns which of them reads each piece."""
+    def _fill(self, page: HostPage, file: PageFile, number: int, reading: list[Future[None]]) -> list[Future[None]]:
+        """Read a page of a file to its pieces, each reader some that follow each other, which is added to `reading` at once. Returns which
+        of them reads each piece."""
         size = self._adapters.layout.elements * self._adapters.pool.data.dtype.itemsize
         parts = [piece.view(torch.uint8).numpy() for piece in page.pieces]
         each, piece = -(-len(parts) // READERS), len(parts[0])
         parts[-1] = parts[-1][: size - (len(parts) - 1) * piece]
-        reading = [self._readers.submit(file.read, parts[at : at + each], number * size + at * piece) for at in range(0, len(parts), each)]
-        return [reading[at // each] for at in range(len(parts))]
+        first = len(reading)
+        for at in range(0, len(parts), each):
+            reading.append(self._readers.submit(file.read, parts[at : at + each], number * size + at * piece))
+        return [reading[first + at // each] for at in range(len(parts))]
 
     def _copy(self, page: HostPage, number: int, filled: Sequence[Future[None]]) -> None:
         """To the device, of what is in a page, or will be as soon as its pieces are `filled`."""

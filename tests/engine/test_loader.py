@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,7 +23,7 @@ from penstock.engine.lora import host
 from penstock.engine.lora.adapters import Adapters
 from penstock.engine.lora.errors import AdapterError
 from penstock.engine.lora.host import HostPages
-from penstock.engine.lora.layout import PageLayout, PagePool, Site
+from penstock.engine.lora.layout import Bytes, PageLayout, PagePool, Site
 from penstock.engine.lora.loader import AdapterLoader
 from penstock.engine.lora.read import Lora
 from penstock.engine.lora.store import PageFile, read_pages, write_pages
@@ -220,6 +222,77 @@ def test_the_thread_goes_on_without_memory_and_without_a_disk_to_write_to(
             assert load(loader, tmp_path / name, 2, 0) is None
             assert torch.equal(loader._adapters.pool.data[[2, 0]], data)
         assert load(loader, tmp_path / "bad", 2, 0) is not None
+
+
+class Disk:
+    """Reads that wait for a gate, but for the first one, which fails; a file's end is noted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gate, self.events = threading.Event(), list[str]()
+        read, close = PageFile.read, PageFile.close
+
+        def slow(file: PageFile, into: Sequence[Bytes], at: int) -> None:
+            if not at:
+                raise OSError(errno.EIO, "the first one fails")
+            self.gate.wait(10)
+            read(file, into, at)
+            self.events.append("read")
+
+        def note(file: PageFile) -> None:
+            self.events.append("closed")
+            close(file)
+
+        monkeypatch.setattr(PageFile, "read", slow)
+        monkeypatch.setattr(PageFile, "close", note)
+
+
+def many_pieces(monkeypatch: pytest.MonkeyPatch, path: Path) -> AdapterLoader:
+    monkeypatch.setattr(host, "PIECE", 1024)
+    write(path, LAYOUT, 20)
+    return AdapterLoader(Fake(), HostPages(LAYOUT.elements, torch.float32, 0, pinned=False))
+
+
+def test_a_file_is_not_closed_before_the_slowest_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, disk, told = many_pieces(monkeypatch, tmp_path / "good"), Disk(monkeypatch), SimpleQueue[str | None]()
+    loader.load(str(tmp_path / "good"), (0, 1), told.put)
+    time.sleep(0.1)
+    assert not disk.events
+    disk.gate.set()
+    assert "the first one fails" in (told.get(timeout=10) or "")
+    assert disk.events == ["read"] * 3 + ["closed"]
+    assert (tmp_path / "good").exists()
+    loader.close()
+
+
+def test_those_that_read_are_waited_for_when_no_more_can_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, disk, told = many_pieces(monkeypatch, tmp_path / "good"), Disk(monkeypatch), SimpleQueue[str | None]()
+    submit, begun = loader._readers.submit, list[Any]()
+
+    def some(*what: Any) -> Any:
+        if len(begun) == 2:
+            raise RuntimeError("no more threads")
+        begun.append(what)
+        return submit(*what)
+
+    monkeypatch.setattr(loader._readers, "submit", some)
+    loader.load(str(tmp_path / "good"), (0, 1), told.put)
+    time.sleep(0.1)
+    assert not disk.events
+    disk.gate.set()
+    assert "no more threads" in (told.get(timeout=10) or "")
+    assert disk.events == ["read", "closed"]
+    loader.close()
+
+
+def test_whoever_loads_ends_when_a_slow_disk_has_answered_after_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, disk, told = many_pieces(monkeypatch, tmp_path / "good"), Disk(monkeypatch), SimpleQueue[str | None]()
+    monkeypatch.setattr(loader._readers, "_max_workers", 1)  # so that some wait for one that reads
+    monkeypatch.setattr(loader._thread, "join", lambda timeout: None)  # it is too late for whoever closes it
+    loader.load(str(tmp_path / "good"), (0, 1), told.put)
+    time.sleep(0.1)
+    loader.close()
+    disk.gate.set()
+    assert told.get(timeout=10) is not None
 
 
 def test_the_thread_that_loads_begins_no_team_of_others(tmp_path: Path) -> None:
