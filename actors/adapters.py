@@ -127,9 +127,7 @@ class AdaptersActor(Actor):
             else:
                 key, version = _key_of(title, part), title.version
                 known = self.finder.known(key)
-                self.finder.ask(
-                    key, lambda preparer: preparer.again_for(part, version, known), answer, 0.0, far=part.far, who=message.job
-                )
+                self.finder.ask(key, lambda preparer: preparer.again_for(part, version, known), answer, 0.0, far=part.far, who=message.job)
 
     def _leave(self, message: Leave) -> None:
         self.early = [one for one in self.early if not (isinstance(one, Find) and one.job == message.job)]
@@ -249,6 +247,9 @@ class AdaptersActor(Actor):
             title = self.library.titles.get(message.name)
             if version is not None and title is None:
                 fault = _unknown(message.name, self.library).fault
+            elif version is not None and title is not None and title.version not in (None, version.digest):
+                self._pin(message)  # something else was loaded meanwhile
+                return
             elif version is not None and title is not None and (fault := self._too_much(message.name, version)) is None:
                 self._put(message.name, replace(title, pinned=True))
                 self._send_pins()

@@ -29,7 +29,8 @@ class Sources(Preparer):
     """An adapter's digest is what its source, a folder, is said to have. Who asks for one with a gate waits until that is open."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.content, self.gates = folder, dict[str, str](), dict[str, threading.Event]()
+        self.folder, self.content, self.pages = folder, dict[str, str](), dict[str, int]()
+        self.gates = dict[str, threading.Event]()
 
     def prepare(self, wanted: Wanted, known: Version | None) -> Version:
         place = wanted.source.place
@@ -40,7 +41,7 @@ class Sources(Preparer):
             raise SourceError("not_found", f"{place}: nothing is there")
         file = self.folder / "ready"
         file.touch()
-        return Version(content.encode().hex().ljust(64, "0"), 1, 16, str(file))
+        return Version(content.encode().hex().ljust(64, "0"), self.pages.get(place, 1), 16, str(file))
 
     def recall(self, digest: str | None) -> Version | None:
         return None
@@ -77,6 +78,10 @@ class Desk(AdaptersActor):
         (message,) = [message for message in self.sent if isinstance(message, Managed) and message.job == job]
         error: dict[str, Any] | None = message.error
         return error
+
+    @property
+    def last_pin(self) -> Pin:
+        return next(message for message in reversed(self.sent) if isinstance(message, Pin))
 
     @property
     def pins(self) -> list[int]:
@@ -138,6 +143,21 @@ def test_a_pin_of_what_is_unloaded_meanwhile_fails(desk: Desk) -> None:
     error = desk.answer(1)
     assert error is not None
     assert error["code"] == "unknown_adapter"
+
+
+@pytest.mark.parametrize(("pages", "fits"), [(3, True), (64, False)])
+def test_what_is_pinned_is_what_the_name_stands_for_by_then(desk: Desk, pages: int, fits: bool) -> None:
+    gate = desk.sources.gates["/small"] = threading.Event()
+    desk.sources.pages["/large"] = pages
+    desk.library.titles["one"] = Title("/small")
+    desk.order(1, "pin", "one")
+    desk.order(2, "load", "one", "/large")
+    assert desk.answer(2) is None
+    gate.set()
+    assert (desk.answer(1) is None) == fits
+    assert desk.library.titles["one"].source == "/large"
+    assert desk.library.titles["one"].pinned == fits
+    assert [pages for _, pages, _ in desk.last_pin.places] == ([pages] if fits else [])
 
 
 def test_one_that_cannot_be_had_keeps_no_other_from_being_pinned(tmp_path: Path) -> None:
