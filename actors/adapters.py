@@ -66,16 +66,16 @@ class AdaptersActor(Actor):
             self.finder.close()
 
     def met(self, before: dict[PeerKey, Peer]) -> None:
-        executor = self.peers.get(EXECUTOR)
+        executor, gateway = self.peers.get(EXECUTOR), self.peers.get(GATEWAY)
+        if gateway is not None and gateway != before.get(GATEWAY):
+            self.early = [one for one in self.early if isinstance(one, Manage) or one.job >> 32 == gateway.incarnation]
+            self.finder.leave_all(gateway.incarnation)
         if not self.facts and executor is not None and executor.ready and executor.facts["adapters"]:
             self.facts = executor.facts["adapters"]
             early, self.early = self.early, []
             for message in early:
                 self.handlers[type(message)](message)
             self._send_pins()  # those of another life
-        gateway = self.peers.get(GATEWAY)
-        if gateway is not None and gateway != before.get(GATEWAY):
-            self.finder.leave_all(gateway.incarnation)
         if self.peers.get(SCHEDULER) != before.get(SCHEDULER):
             self._send_pins()
 

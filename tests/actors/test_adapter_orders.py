@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 
 from penstock.actors import finding
+from penstock.actors.actor import Peer
 from penstock.actors.adapters import AdaptersActor
 from penstock.actors.finding import Finder
 from penstock.actors.library import Library, Title
+from penstock.actors.messages import Find, Found, Leave, Managed, Pin
 from penstock.actors.messages import Manage as Order
-from penstock.actors.messages import Managed, Pin
 from penstock.actors.preparing import Preparer, Version, Wanted
 from penstock.actors.sources.errors import SourceError
 from penstock.actors.sources.fetch import Settings
 from penstock.actors.sources.named import allowed_sources
+from penstock.engine.lora.recipe import Wish
 
 PATIENCE_S = 10.0
 
@@ -60,10 +62,21 @@ class Desk(AdaptersActor):
         self.log = SimpleNamespace(warning=lambda *_, **__: None, error=lambda text, **_: self.errors.append(text))
         self.settings = Settings(allowed=allowed_sources(["/"]))
         self.facts, self.early, self.found, self.orders, self.ordered = {"pages": 64}, [], 0, 0, {}
+        self.config, self.peers = SimpleNamespace(adapter_sources=()), {}  # type: ignore[assignment]
+        self.handlers = {Find: self._find, Order: self._manage}
         self.finder = Finder(lambda: self.sources)
 
     def order(self, job: int, order: str, name: str, source: str | None = None) -> None:
         self._manage(Order(job, order, name, source, None))
+
+    def find(self, job: int, name: str) -> None:
+        self.library.titles.setdefault(name, Title(f"/{name}"))
+        self._find(Find(job, Wish((name,)).to_wire(), None, None))
+
+    def meet(self, *peers: Peer) -> None:
+        before = self.peers
+        self.peers = before | {(peer.kind, peer.index): peer for peer in peers}
+        self.met(before)
 
     def until(self, done: Callable[[], bool]) -> None:
         end = time.monotonic() + PATIENCE_S
@@ -78,6 +91,11 @@ class Desk(AdaptersActor):
         (message,) = [message for message in self.sent if isinstance(message, Managed) and message.job == job]
         error: dict[str, Any] | None = message.error
         return error
+
+    @property
+    def answered(self) -> list[int]:
+        """The requests that were, in order."""
+        return [message.job for message in self.sent if isinstance(message, Found)]
 
     @property
     def last_pin(self) -> Pin:
@@ -231,6 +249,43 @@ def test_what_nobody_waits_for_is_not_begun(desk: Desk) -> None:
     assert {"left", "former"}.isdisjoint(begun)
     ask("left", 104)
     desk.until(lambda: told[-1:] == [104])
+
+
+def test_a_request_that_is_left_is_not_answered(desk: Desk) -> None:
+    gate = desk.sources.gates["/one"] = threading.Event()
+    desk.find(1, "one")
+    desk.find(2, "one")
+    desk._leave(Leave(1))
+    gate.set()
+    desk.until(lambda: not len(desk.finder))
+    assert desk.answered == [2]
+
+
+def test_what_a_former_gateway_asked_for_is_not_answered_to_the_next_one(desk: Desk) -> None:
+    gate = desk.sources.gates["/one"] = threading.Event()
+    desk.meet(Peer("gateway", 0, 1, "", True))
+    desk.find(1 << 32, "one")
+    desk.meet(Peer("gateway", 0, 2, "", True))
+    desk.find(2 << 32, "one")
+    gate.set()
+    desk.until(lambda: not len(desk.finder))
+    assert desk.answered == [2 << 32]
+
+
+def test_what_is_asked_for_too_early_begins_later_if_somebody_still_waits(desk: Desk) -> None:
+    desk.facts = {}
+    desk.meet(Peer("gateway", 0, 1, "", True))
+    desk.find(1 << 32, "one")
+    desk.order(1 << 32, "load", "kept", "/kept")
+    desk.meet(Peer("gateway", 0, 2, "", True))
+    desk.find(2 << 32, "one")
+    desk.find((2 << 32) + 1, "one")
+    desk._leave(Leave(2 << 32))
+    assert not len(desk.finder)
+    desk.meet(Peer("executor", 0, 3, "", True, {"adapters": {"pages": 64}}))
+    assert desk.answer(1 << 32) is None, "an order holds, whoever is told of it"
+    desk.until(lambda: not len(desk.finder))
+    assert desk.answered == [(2 << 32) + 1]
 
 
 def test_a_name_that_cannot_be_written_down_holds_all_the_same(desk: Desk) -> None:
