@@ -10,13 +10,13 @@ from penstock.actors.actor import EXECUTOR, GATEWAY, SCHEDULER, Actor, Peer, Pee
 from penstock.actors.errors import Fault, Refusal, bad
 from penstock.actors.finding import Finder, Key, Then
 from penstock.actors.library import Library, Title
-from penstock.actors.messages import Find, Found, Leave, Manage, Managed, Pin
+from penstock.actors.messages import Find, Found, Leave, Manage, Managed
+from penstock.actors.pins import Pins
 from penstock.actors.preparing import Preparer, Version, Wanted, check_one_place
 from penstock.actors.sources.fetch import Limits, Settings
 from penstock.actors.sources.named import allowed_sources, check_name, check_source
 from penstock.engine.kernels.cache import cache_folder
 from penstock.engine.lora.recipe import Wish
-from penstock.engine.lora.residency import most_pinned
 from penstock.engine.params import InvalidParameter
 
 FRESH_S = 30.0  # for so long what a source has is taken to be what it had
@@ -40,6 +40,7 @@ class AdaptersActor(Actor):
         self.found = self.orders = 0
         self.ordered: dict[str, int] = {}  # the last order of each name to load or unload it
         self.finder = Finder(self._preparer)
+        self.pins = self._open_pins()
         self.mail.watch(self.finder.bell)
         self.handlers |= {Find: self._find, Leave: self._leave, Manage: self._manage}
         return {}
@@ -61,6 +62,12 @@ class AdaptersActor(Actor):
         limits = Limits(file_bytes=self.config.adapter_size, total=self.config.adapter_timeout)
         return Preparer(self.facts, self.folder, self.config.adapter_disk, limits)
 
+    def _open_pins(self) -> Pins:
+        def ask(name: str, title: Title) -> None:
+            self._ask_for(name, title, lambda version, fault: None)
+
+        return Pins(self.library, self.finder, self._key, ask, lambda message: self.mail.send(SCHEDULER, message))
+
     def finish(self) -> None:
         if hasattr(self, "finder"):
             self.finder.close()
@@ -75,9 +82,9 @@ class AdaptersActor(Actor):
             early, self.early = self.early, []
             for message in early:
                 self.handlers[type(message)](message)
-            self._send_pins()  # those of another life
-        if self.peers.get(SCHEDULER) != before.get(SCHEDULER):
-            self._send_pins()
+            self.pins.send()  # those of another life
+        if self.facts and self.peers.get(SCHEDULER) != before.get(SCHEDULER):
+            self.pins.send()
 
     def after(self) -> None:
         for source, fault in self.finder.collect():
@@ -125,7 +132,7 @@ class AdaptersActor(Actor):
             if message.token is None:
                 self._ask_for(wish.names[0], title, answer, message.job)
             else:
-                key, version = _key_of(title, part), title.version
+                key, version = self._key(title), title.version
                 known = self.finder.known(key)
                 self.finder.ask(key, lambda preparer: preparer.again_for(part, version, known), answer, 0.0, far=part.far, who=message.job)
 
@@ -149,10 +156,14 @@ class AdaptersActor(Actor):
         source = check_source(title.source)
         return Wanted(source, title.token, replace(self.settings, allowed=self.settings.allowed.plus(source)))
 
+    def _key(self, title: Title) -> Key:
+        """Of what was at it when it was given a name."""
+        return (*self._of_title(title).key, title.version or "")
+
     def _ask_for(self, name: str, title: Title, then: Then, who: int | None = None) -> None:
         """A name stands for what was loaded under it, or, if that was never done, for what its source has now."""
         part = self._of_title(title)
-        key = _key_of(title, part)
+        key = self._key(title)
         new = self.finder.known(key) is None
 
         def keep(version: Version | None, fault: Fault | None) -> None:
@@ -160,13 +171,13 @@ class AdaptersActor(Actor):
                 self._name(name, title.again(version.digest, title), version)
             then(version, fault)
             if new and title.pinned:
-                self._send_pins()
+                self.pins.send()
 
         self.finder.ask(key, lambda preparer: preparer.again(part, title.version), keep, None, far=part.far, who=who)
 
     def _name(self, name: str, title: Title, version: Version) -> None:
         self._put(name, title)
-        self.finder.remember(_key_of(title, self._of_title(title)), version)
+        self.finder.remember(self._key(title), version)
 
     def _put(self, name: str, title: Title | None) -> None:
         if title is None:
@@ -195,7 +206,7 @@ class AdaptersActor(Actor):
                         self._put(message.name, None)
                     elif message.order == "unpin":
                         self._put(message.name, replace(self._title(message.name), pinned=False))
-                    self._send_pins()
+                    self.pins.send()
                     self._tell(message, None)
                 case _:
                     raise bad("order", message.order, "load, unload, pin, unpin or list")
@@ -233,10 +244,10 @@ class AdaptersActor(Actor):
                 text = f"{name!r} was loaded or unloaded by a later order while this one was under way"
                 fault = Fault(code="adapter_error", message=text, field="name", value=name)
             elif version is not None and now is not None and now.pinned:
-                fault = self._too_much(name, version)
+                fault = self.pins.too_much(name, version, self.facts["pages"])
             if version is not None and fault is None:
                 self._name(name, title.again(version.digest, now), version)
-                self._send_pins()
+                self.pins.send()
             self._tell(message, fault)
 
         # By a key of its own: what is under way may have seen what was there before.
@@ -247,42 +258,17 @@ class AdaptersActor(Actor):
             title = self.library.titles.get(message.name)
             if version is not None and title is None:
                 fault = _unknown(message.name, self.library).fault
-            elif version is not None and title is not None and title.version not in (None, version.digest):
-                self._pin(message)  # something else was loaded meanwhile
-                return
-            elif version is not None and title is not None and (fault := self._too_much(message.name, version)) is None:
-                self._put(message.name, replace(title, pinned=True))
-                self._send_pins()
+            elif version is not None and title is not None:
+                if title.version not in (None, version.digest):  # something else was loaded meanwhile
+                    self._pin(message)
+                    return
+                fault = self.pins.too_much(message.name, version, self.facts["pages"])
+                if fault is None:
+                    self._put(message.name, replace(title, pinned=True))
+                    self.pins.send()
             self._tell(message, fault)
 
         self._ask_for(message.name, self._title(message.name), then)
-
-    def _too_much(self, name: str, version: Version) -> Fault | None:
-        """If this, pinned under this name, left too little room for others."""
-        others = {digest: pages for other, (digest, pages, _) in self._pins().items() if other != name and digest.hex() != version.digest}
-        most = most_pinned(self.facts["pages"])
-        if sum(others.values()) + version.pages <= most:
-            return None
-        text = f"{sum(others.values())} pages are pinned, and {name!r} takes {version.pages}: others must fit beside them"
-        return Fault(code="invalid_request", message=text, field="adapter", limit=f"{most} pages")
-
-    def _pins(self) -> dict[str, tuple[bytes, int, str]]:
-        """Places of what is pinned, by name, as far as it is known."""
-        titles = {name: title for name, title in self.library.titles.items() if title.pinned}
-        versions = {name: self.finder.known(_key_of(title, self._of_title(title))) for name, title in titles.items()}
-        return {name: version.place for name, version in versions.items() if version is not None}
-
-    def _send_pins(self) -> None:
-        """Unless more will be known soon: what was forgotten is asked for. One that cannot be had is not waited for."""
-        if not self.facts:
-            return
-        pinned = {name: title for name, title in self.library.titles.items() if title.pinned}
-        keys = [_key_of(title, self._of_title(title)) for title in pinned.values()]
-        for key, (name, title) in zip(keys, pinned.items(), strict=True):
-            if self.finder.state(key)[0] == "cold":
-                self._ask_for(name, title, lambda version, fault: None)
-        if all(self.finder.state(key)[0] != "loading" for key in keys):
-            self.mail.send(SCHEDULER, Pin(tuple(dict.fromkeys(self._pins().values()))))
 
     def _tell(self, message: Manage, fault: Fault | None) -> None:
         rows = tuple([self._row(name, title) for name, title in self.library.titles.items()])
@@ -290,19 +276,14 @@ class AdaptersActor(Actor):
 
     def _row(self, name: str, title: Title) -> dict[str, Any]:
         part = self._of_title(title)
-        state, error = self.finder.state(_key_of(title, part))
+        state, error = self.finder.state(self._key(title))
         row = {"name": name, "source": part.source.shown, "state": state, "pinned": title.pinned}
-        if (version := self.finder.known(_key_of(title, part))) is not None:
+        if (version := self.finder.known(self._key(title))) is not None:
             row |= {"digest": version.digest, "rank": version.rank, "pages": version.pages}
         return row | ({"error": error} if error else {})
 
     def load(self) -> dict[str, Any]:
         return {"known": len(self.library.titles), "under_way": len(self.finder), "found": self.found, **self.finder.counts}
-
-
-def _key_of(title: Title, part: Wanted) -> Key:
-    """Of what was at it when it was given a name."""
-    return (*part.key, title.version or "")
 
 
 def _unknown(name: str, library: Library) -> Refusal:

@@ -65,6 +65,7 @@ class Desk(AdaptersActor):
         self.config, self.peers = SimpleNamespace(adapter_sources=()), {}  # type: ignore[assignment]
         self.handlers = {Find: self._find, Order: self._manage}
         self.finder = Finder(lambda: self.sources)
+        self.pins = self._open_pins()
 
     def order(self, job: int, order: str, name: str, source: str | None = None) -> None:
         self._manage(Order(job, order, name, source, None))
@@ -102,7 +103,7 @@ class Desk(AdaptersActor):
         return next(message for message in reversed(self.sent) if isinstance(message, Pin))
 
     @property
-    def pins(self) -> list[int]:
+    def pinned(self) -> list[int]:
         """How many places each message to the scheduler had."""
         return [len(message.places) for message in self.sent if isinstance(message, Pin)]
 
@@ -181,14 +182,14 @@ def test_what_is_pinned_is_what_the_name_stands_for_by_then(desk: Desk, pages: i
 def test_one_that_cannot_be_had_keeps_no_other_from_being_pinned(tmp_path: Path) -> None:
     desk = Desk(tmp_path, {"here": Title("/here", pinned=True), "gone": Title("/gone", pinned=True), "more": Title("/more")})
     desk.sources.content["/gone"] = ""
-    desk._send_pins()
-    desk.until(lambda: desk.pins == [1])
+    desk.pins.send()
+    desk.until(lambda: desk.pinned == [1])
     desk.order(1, "pin", "more")
     assert desk.answer(1) is None
-    assert desk.pins[-1] == 2
+    assert desk.pinned[-1] == 2
     desk.order(2, "unpin", "here")
     assert desk.answer(2) is None
-    assert desk.pins[-1] == 1
+    assert desk.pinned[-1] == 1
 
 
 def test_what_is_pinned_is_not_forgotten(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +201,7 @@ def test_what_is_pinned_is_not_forgotten(desk: Desk, monkeypatch: pytest.MonkeyP
         desk.finder.remember((str(other),), Version("00" * 32, 1, 1, "/"))
     desk.order(2, "pin", "two")
     assert desk.answer(2) is None
-    desk.until(lambda: desk.pins[-1:] == [2])
+    desk.until(lambda: desk.pinned[-1:] == [2])
 
 
 def test_merges_are_in_nobody_elses_way(desk: Desk) -> None:

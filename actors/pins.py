@@ -1,0 +1,48 @@
+"""Which adapters are to stay on the device: how much of it they may take, and telling the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.actors.errors import Fault
+from penstock.actors.finding import Finder, Key
+from penstock.actors.library import Library, Title
+from penstock.actors.messages import Pin
+from penstock.actors.preparing import Version
+from penstock.engine.lora.residency import most_pinned
+
+
+class Pins:
+    """The library says which. `key` is that of a title at the finder, `ask` has it made ready, `send` is to the scheduler."""
+
+    def __init__(
+        self, library: Library, finder: Finder, key: Callable[[Title], Key], ask: Callable[[str, Title], None],
+        send: Callable[[Pin], object],
+    ) -> None:  # fmt: skip
+        self._library, self._finder, self._key, self._ask, self._send = library, finder, key, ask, send
+
+    def too_much(self, name: str, version: Version, pages: int) -> Fault | None:
+        """If this, pinned under this name, left too little room for others in so many pages."""
+        others = {digest: taken for other, (digest, taken, _) in self._places().items() if other != name and digest.hex() != version.digest}
+        most = most_pinned(pages)
+        if sum(others.values()) + version.pages <= most:
+            return None
+        text = f"{sum(others.values())} pages are pinned, and {name!r} takes {version.pages}: others must fit beside them"
+        return Fault(code="invalid_request", message=text, field="adapter", limit=f"{most} pages")
+
+    def send(self) -> None:
+        """Unless more will be known soon: what was forgotten is asked for. One that cannot be had is not waited for."""
+        pinned = self._pinned()
+        for name, title in pinned.items():
+            if self._finder.state(self._key(title))[0] == "cold":
+                self._ask(name, title)
+        if all(self._finder.state(self._key(title))[0] != "loading" for title in pinned.values()):
+            self._send(Pin(tuple(dict.fromkeys(self._places().values()))))
+
+    def _pinned(self) -> dict[str, Title]:
+        return {name: title for name, title in self._library.titles.items() if title.pinned}
+
+    def _places(self) -> dict[str, tuple[bytes, int, str]]:
+        """By name, as far as they are known."""
+        versions = {name: self._finder.known(self._key(title)) for name, title in self._pinned().items()}
+        return {name: version.place for name, version in versions.items() if version is not None}
