@@ -77,14 +77,15 @@ class AdaptersActor(Actor):
         if gateway is not None and gateway != before.get(GATEWAY):
             self.early = [one for one in self.early if isinstance(one, Manage) or one.job >> 32 == gateway.incarnation]
             self.finder.leave_all(gateway.incarnation)
+        new = self.peers.get(SCHEDULER) != before.get(SCHEDULER)
         if not self.facts and executor is not None and executor.ready and executor.facts["adapters"]:
             self.facts = executor.facts["adapters"]
             early, self.early = self.early, []
             for message in early:
                 self.handlers[type(message)](message)
-            self.pins.send()  # those of another life
-        if self.facts and self.peers.get(SCHEDULER) != before.get(SCHEDULER):
-            self.pins.send()
+            new = True  # there may be pins of another life
+        if self.facts and new:
+            self.pins.hand_over()
 
     def after(self) -> None:
         for source, fault in self.finder.collect():
@@ -170,7 +171,7 @@ class AdaptersActor(Actor):
             if version is not None and title.version is None and self.library.titles.get(name) == title:
                 self._name(name, title.again(version.digest, title), version)
             then(version, fault)
-            if new and title.pinned:
+            if new and version is not None and title.pinned:
                 self.pins.send()
 
         self.finder.ask(key, lambda preparer: preparer.again(part, title.version), keep, None, far=part.far, who=who)

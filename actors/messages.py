@@ -174,9 +174,11 @@ class Managed:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """To the scheduler: the adapters that are to stay on the device, all of them, `[digest, pages, path]` each."""
+    """To the scheduler: the adapters that are to stay on the device, all of them: `[digest, pages, path]` each, and `kept`, the digests of
+    those of which it is not known yet where they are. Whoever has one of these keeps it."""
 
     places: tuple[Any, ...]
+    kept: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)

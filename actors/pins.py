@@ -20,6 +20,7 @@ class Pins:
         send: Callable[[Pin], object],
     ) -> None:  # fmt: skip
         self._library, self._finder, self._key, self._ask, self._send = library, finder, key, ask, send
+        self._asked: set[Key] = set()  # since the last change of hands: one that cannot be had is not asked for again and again
 
     def too_much(self, name: str, version: Version, pages: int) -> Fault | None:
         """If this, pinned under this name, left too little room for others in so many pages."""
@@ -30,14 +31,22 @@ class Pins:
         text = f"{sum(others.values())} pages are pinned, and {name!r} takes {version.pages}: others must fit beside them"
         return Fault(code="invalid_request", message=text, field="adapter", limit=f"{most} pages")
 
+    def hand_over(self) -> None:
+        """The scheduler is another one, or whoever sends to it is: what is not known is asked for, once."""
+        self._asked.clear()
+        self.send()
+
     def send(self) -> None:
-        """Unless more will be known soon: what was forgotten is asked for. One that cannot be had is not waited for."""
-        pinned = self._pinned()
+        """What is known, at once; to be called again when more is. What is not known yet stays on the device if it is there."""
+        pinned, places = self._pinned(), self._places()
+        self._asked &= {self._key(title) for title in pinned.values()}
         for name, title in pinned.items():
-            if self._finder.state(self._key(title))[0] == "cold":
+            if name not in places and (key := self._key(title)) not in self._asked:
+                self._asked.add(key)
                 self._ask(name, title)
-        if all(self._finder.state(self._key(title))[0] != "loading" for title in pinned.values()):
-            self._send(Pin(tuple(dict.fromkeys(self._places().values()))))
+        known = {digest for digest, _, _ in places.values()}
+        kept = [bytes.fromhex(title.version) for name, title in pinned.items() if name not in places and title.version is not None]
+        self._send(Pin(tuple(dict.fromkeys(places.values())), tuple([digest for digest in dict.fromkeys(kept) if digest not in known])))
 
     def _pinned(self) -> dict[str, Title]:
         return {name: title for name, title in self._library.titles.items() if title.pinned}

@@ -152,7 +152,9 @@ class SchedulerActor(Actor):
             self.scheduler.lost(message.number, time.monotonic())
 
     def _pin(self, message: Pin) -> None:
-        before, self.pinned = self.pinned, tuple([Adapter(*place) for place in message.places])
+        before = self.pinned
+        kept = [adapter for adapter in before if adapter.digest in message.kept]
+        self.pinned = (*[Adapter(*place) for place in message.places], *kept)
         self._repin(before, self.pinned)
 
     def _repin(self, before: tuple[Adapter, ...], now: tuple[Adapter, ...]) -> None:

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from penstock.actors.messages import (
     Heartbeat,
     Leave,
     Peers,
+    Pin,
     Released,
     Step,
     StepDone,
@@ -40,6 +42,7 @@ from penstock.actors.messages import (
 from penstock.actors.protocol import Generate
 from penstock.actors.request import OpenRequest
 from penstock.actors.resolve import Model
+from penstock.actors.scheduler import SchedulerActor
 from penstock.actors.sessions import Session
 from penstock.actors.tokenizer import TokenizerActor
 from penstock.engine.lora.recipe import Wish
@@ -159,6 +162,20 @@ def test_the_detokenizer_tells_a_new_gateway_of_its_streams_and_hears_no_schedul
     assert all(isinstance(message, Released) for message in released)
     assert [message.number for message in released] == [1, 2]
     assert b"".join(message.ids for message in released) == ids(300)
+
+
+def test_the_scheduler_keeps_what_is_pinned_until_it_is_known_where_it_is_now(context: Any, tmp_path: Path) -> None:
+    scheduler, calls = build(SchedulerActor, context, tmp_path), list[tuple[str, bytes]]()
+    scheduler.scheduler = SimpleNamespace(
+        pin=lambda adapter, now: calls.append(("pin", adapter.digest)) or True, unpin=lambda digest: calls.append(("unpin", digest))
+    )
+    scheduler._pin(Pin(((b"one", 1, "/1"), (b"two", 2, "/2"), (b"three", 3, "/3")), (b"unknown",)))
+    calls.clear()
+    scheduler._pin(Pin(((b"four", 4, "/4"),), (b"two", b"unknown")))
+    assert {digest for call, digest in calls if call == "unpin"} == {b"one", b"three"}
+    assert [adapter.digest for adapter in scheduler.pinned] == [b"four", b"two"]
+    scheduler._pin(Pin(((b"two", 2, "/new"),), ()))
+    assert [(adapter.digest, adapter.path) for adapter in scheduler.pinned] == [(b"two", "/new")]
 
 
 def test_a_tokenizer_that_dies_is_held_against_the_prompt_that_it_was_at() -> None:

@@ -32,10 +32,11 @@ class Sources(Preparer):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.content, self.pages = folder, dict[str, str](), dict[str, int]()
-        self.gates = dict[str, threading.Event]()
+        self.gates, self.asked = dict[str, threading.Event](), list[str]()
 
     def prepare(self, wanted: Wanted, known: Version | None) -> Version:
         place = wanted.source.place
+        self.asked.append(place)
         content = self.content.get(place, place)
         if place in self.gates:
             self.gates[place].wait(PATIENCE_S)
@@ -179,11 +180,41 @@ def test_what_is_pinned_is_what_the_name_stands_for_by_then(desk: Desk, pages: i
     assert [pages for _, pages, _ in desk.last_pin.places] == ([pages] if fits else [])
 
 
+def test_pins_are_told_as_far_as_they_are_known_and_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "FAILED_S", 0.0)
+    desk = Desk(tmp_path, {name: Title(f"/{name}", pinned=True) for name in ("here", "late", "gone", "lost")})
+    gates = {place: desk.sources.gates.setdefault(place, threading.Event()) for place in ("/late", "/gone", "/lost")}
+    desk.sources.content |= {"/gone": "", "/lost": ""}
+    desk.pins.hand_over()
+    desk.until(lambda: desk.pinned == [0, 1])
+    for count, place in enumerate(("/gone", "/late", "/lost")):
+        gates[place].set()
+        desk.until(lambda left=2 - count: len(desk.finder) == left)
+    assert desk.pinned == [0, 1, 2]
+    assert sorted(desk.sources.asked) == ["/gone", "/here", "/late", "/lost"]
+    desk.pins.hand_over()
+    desk.until(lambda: not len(desk.finder))
+    assert desk.pinned == [0, 1, 2, 2]
+    assert sorted(desk.sources.asked[4:]) == ["/gone", "/lost"]
+
+
+def test_what_is_known_by_its_digest_only_is_kept_until_it_is_found(tmp_path: Path) -> None:
+    digest = b"/one".ljust(32, b"\0")
+    desk = Desk(tmp_path, {"one": Title("/one", pinned=True, versions=("ff" * 32, digest.hex())), "gone": Title("/gone", pinned=True)})
+    desk.sources.content["/gone"] = ""
+    gate = desk.sources.gates["/one"] = threading.Event()
+    desk.meet(Peer("scheduler", 0, 1, "", True))
+    assert (desk.last_pin.places, desk.last_pin.kept) == ((), (digest,))
+    gate.set()
+    desk.until(lambda: desk.pinned == [0, 1])
+    assert (desk.last_pin.places[0][0], desk.last_pin.kept) == (digest, ())
+
+
 def test_one_that_cannot_be_had_keeps_no_other_from_being_pinned(tmp_path: Path) -> None:
     desk = Desk(tmp_path, {"here": Title("/here", pinned=True), "gone": Title("/gone", pinned=True), "more": Title("/more")})
     desk.sources.content["/gone"] = ""
-    desk.pins.send()
-    desk.until(lambda: desk.pinned == [1])
+    desk.pins.hand_over()
+    desk.until(lambda: desk.pinned == [0, 1])
     desk.order(1, "pin", "more")
     assert desk.answer(1) is None
     assert desk.pinned[-1] == 2
