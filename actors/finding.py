@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Event
 
 from penstock.actors.errors import Fault, Refusal
 from penstock.actors.preparing import Preparer, Version
@@ -22,6 +25,27 @@ Key = tuple[str, ...]  # what is asked for; it may hold secrets, but for the fir
 Then = Callable[[Version | None, Fault | None], None]
 
 
+@dataclass(slots=True, eq=False)
+class Lane:
+    """Threads, and what waits for one of them. What is left goes from here at once: a pool's own queue would keep it."""
+
+    threads: int
+    pool: ThreadPoolExecutor
+    busy: int = 0
+    queue: OrderedDict[Key, Task] = field(default_factory=OrderedDict)
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """Something that is made ready, and who waits for it."""
+
+    key: Key
+    work: Callable[[Preparer], Version]
+    lane: Lane
+    waiting: list[tuple[int | None, Then]] = field(default_factory=list)
+    stop: Event = field(default_factory=Event)
+
+
 class Finder:
     """`open` makes what prepares adapters, which takes seconds: it is called when the first one is asked for. `bell` is a descriptor that
     can be read when `collect` has something to tell."""
@@ -30,19 +54,22 @@ class Finder:
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.counts = {"prepared": 0, "failed": 0}
         self._open = open
-        self._near, self._far = ThreadPoolExecutor(NEAR, "adapters"), ThreadPoolExecutor(FAR, "far adapters")
-        self._merged = ThreadPoolExecutor(MERGED, "merged adapters")
+        lanes = ((NEAR, "adapters"), (FAR, "far adapters"), (MERGED, "merged adapters"))
+        self._near, self._far, self._merged = [Lane(threads, ThreadPoolExecutor(threads, name)) for threads, name in lanes]
         self._preparer: Future[Preparer] | None = None
         self._versions: dict[Key, tuple[float, Version]] = {}  # when it was known to be so
         self._failures: dict[Key, tuple[float, Fault]] = {}
-        self._asked: dict[Key, list[tuple[int | None, Then]]] = {}  # what is under way, and who waits for it
-        self._work_of: dict[Key, Future[None]] = {}
+        self._tasks: dict[Key, Task] = {}  # that somebody waits for
         self._waits: dict[int, Key] = {}
-        self._done: list[tuple[Key, Version | None, Fault | None]] = []
+        self._done: list[tuple[Task, Version | None, Fault | None]] = []
 
     def __len__(self) -> int:
         """How many are under way."""
-        return len(self._asked)
+        return sum(lane.busy + len(lane.queue) for lane in self._lanes)
+
+    @property
+    def _lanes(self) -> tuple[Lane, ...]:
+        return self._near, self._far, self._merged
 
     def ask(
         self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None, *, far: bool, merged: bool = False,
@@ -51,7 +78,7 @@ class Finder:
         """Have something made ready, unless it has been known for less than `fresh` seconds, or (None) at all. `then` is called now, or by
         `collect`. `far`: another machine has it; `merged`: it is made of several. `who` may `leave`."""
         now = time.monotonic()
-        if key in self._asked:
+        if key in self._tasks:
             self._wait(key, who, then)
             return
         version, (when, _) = self.known(key), self._versions.get(key, (0.0, None))
@@ -62,21 +89,22 @@ class Finder:
         if fault is not None and now - when < FAILED_S:
             then(None, fault)
             return
-        self._asked[key] = []
+        lane = self._merged if merged else self._far if far else self._near
+        self._tasks[key] = lane.queue[key] = Task(key, work, lane)
         self._wait(key, who, then)
-        if self._preparer is None or (self._preparer.done() and self._preparer.exception() is not None):
-            self._preparer = self._near.submit(self._open)
-        pool = self._merged if merged else self._far if far else self._near
-        self._work_of[key] = pool.submit(self._work, key, work, self._preparer)
+        self._begin(lane)
 
     def leave(self, who: int) -> None:
-        """It does not wait any more. What nobody waits for is not begun."""
+        """It does not wait any more. What nobody waits for is not begun, or ends as soon as it can."""
         key = self._waits.pop(who, None)
         if key is None:
             return
-        self._asked[key] = [(other, then) for other, then in self._asked[key] if other != who]
-        if not self._asked[key] and self._work_of[key].cancel():
-            del self._asked[key], self._work_of[key]
+        task = self._tasks[key]
+        task.waiting = [(other, then) for other, then in task.waiting if other != who]
+        if not task.waiting:
+            del self._tasks[key]
+            task.lane.queue.pop(key, None)
+            task.stop.set()
 
     def leave_all(self, but: int) -> None:
         """Those whose number has another upper half: they were a gateway's that is no more."""
@@ -84,9 +112,18 @@ class Finder:
             self.leave(who)
 
     def _wait(self, key: Key, who: int | None, then: Then) -> None:
-        self._asked[key].append((who, then))
+        self._tasks[key].waiting.append((who, then))
         if who is not None:
             self._waits[who] = key
+
+    def _begin(self, lane: Lane) -> None:
+        """As many as there are threads for."""
+        while lane.queue and lane.busy < lane.threads:
+            _, task = lane.queue.popitem(last=False)
+            if self._preparer is None or (self._preparer.done() and self._preparer.exception() is not None):
+                self._preparer = self._near.pool.submit(self._open)
+            lane.busy += 1
+            lane.pool.submit(self._work, task, self._preparer)
 
     def collect(self) -> Iterator[tuple[str, Fault]]:
         """Call those who wait for what is done. Yields what has failed, and why."""
@@ -95,17 +132,22 @@ class Finder:
         except BlockingIOError:
             return
         done, self._done = self._done, []
-        for key, version, fault in done:
+        for task, version, fault in done:
+            task.lane.busy -= 1
+            self._begin(task.lane)
             if version is not None:
                 self.counts["prepared"] += 1
-                self.remember(key, version)
-            elif fault is not None:
+                self.remember(task.key, version)
+            if self._tasks.get(task.key) is not task:  # it was stopped, which tells nothing of its source
+                continue
+            del self._tasks[task.key]
+            if fault is not None:
                 self.counts["failed"] += 1
                 now = time.monotonic()
-                self._failures = {one: found for one, found in self._failures.items() if now - found[0] < FAILED_S} | {key: (now, fault)}
-                yield key[0], fault
-            del self._work_of[key]
-            for who, then in self._asked.pop(key):
+                self._failures = {key: found for key, found in self._failures.items() if now - found[0] < FAILED_S}
+                self._failures[task.key] = now, fault
+                yield task.key[0], fault
+            for who, then in task.waiting:
                 if who is not None:
                     self._waits.pop(who, None)
                 then(version, fault)
@@ -124,23 +166,25 @@ class Finder:
 
     def state(self, key: Key) -> tuple[str, str]:
         """loading, host (it is ready on this machine), failed or cold; and why it failed."""
-        if key in self._asked:
+        if key in self._tasks:
             return "loading", ""
         if key in self._versions:
             return "host", ""
         return ("failed", self._failures[key][1].message) if key in self._failures else ("cold", "")
 
     def close(self) -> None:
-        for pool in (self._near, self._far, self._merged):
-            pool.shutdown(wait=False, cancel_futures=True)
-        if not self._asked:  # else a thread may still ring it
+        for task in self._tasks.values():
+            task.stop.set()
+        for lane in self._lanes:
+            lane.pool.shutdown(wait=False, cancel_futures=True)
+        if not any(lane.busy for lane in self._lanes):  # else a thread may still ring it
             os.close(self.bell)
 
-    def _work(self, key: Key, work: Callable[[Preparer], Version], preparer: Future[Preparer]) -> None:
+    def _work(self, task: Task, preparer: Future[Preparer]) -> None:
         """On a thread."""
         version, fault = None, None
         try:
-            version = work(preparer.result())
+            version = task.work(preparer.result().until(task.stop))
         except SourceError as error:
             fault = Fault(code="adapter_error", message=error.message, field="adapter", limit=error.code, retryable=error.retry)
         except Refusal as refusal:
@@ -149,7 +193,7 @@ class Finder:
             fault = Fault(code="adapter_error", message=error.message, field=error.field or "adapter", limit=error.code)
         except Exception as error:  # noqa: BLE001  nobody watches this thread, and who waits must hear of it
             fault = Fault(code="engine_fault", message=f"{type(error).__name__}: {error}", actor="adapters")
-        self._done.append((key, version, fault))
+        self._done.append((task, version, fault))
         os.eventfd_write(self.bell, 1)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from penstock.actors.errors import Refusal, too_many_pages
@@ -72,6 +74,12 @@ class Preparer:
         self.dtype: torch.dtype = getattr(torch, facts["dtype"])
         self.shelf = Shelf(folder / f"{self.layout.digest}-{facts['dtype']}", disk)
         self.limits, self.pages = limits, facts["pages"]
+
+    def until(self, stop: Event) -> Preparer:
+        """This one for a single piece of work, which ends early when `stop` is set."""
+        one = copy(self)
+        one.limits = replace(self.limits, stop=stop)
+        return one
 
     def prepare(self, wanted: Wanted, known: Version | None) -> Version:
         """What is at a source now; `known` is what was there before. Raises `SourceError` and `AdapterError`."""

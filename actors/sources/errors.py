@@ -12,6 +12,7 @@ CODES: dict[str, tuple[bool, str]] = {
     "too_large": (False, "a file has more bytes than the limit"),
     "broken_archive": (False, "the archive cannot be unpacked, or does not hold exactly one adapter"),
     "timed_out": (True, "connecting, a read or the whole of it took longer than its limit"),
+    "stopped": (True, "nobody waited for it any more"),
     "unreachable": (True, "the place does not answer, or not as it should"),
     "changed": (True, "the files were written to while they were read"),
     "not_installed": (False, "sources of this kind need a package that is not there"),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Self
 
 from penstock.actors.sources.errors import SourceError
@@ -27,6 +28,7 @@ class Limits:
     connect: float = 10.0
     read: float = 30.0  # without a single byte
     total: float = 600.0  # from begin to end, however it trickles
+    stop: Event = field(default_factory=Event, compare=False)  # set when nobody waits for it any more: it ends at the next chunk
 
     def of_file(self, name: str) -> int:
         return min(self.file_bytes, CONFIG_BYTES) if name == CONFIG else self.file_bytes
@@ -63,7 +65,9 @@ class Deadline:
         return cls(time.monotonic() + limits.total, limits, shown)
 
     def left(self) -> float:
-        """Seconds, above 0. Raises `SourceError` when there are none."""
+        """Seconds, above 0. Raises `SourceError` when there are none, or when it is to stop."""
+        if self.limits.stop.is_set():
+            raise SourceError("stopped", f"{self.shown} is not waited for any more")
         left = self.ends - time.monotonic()
         if left <= 0:
             raise SourceError("timed_out", f"{self.shown} is not finished after {self.limits.total:g} s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from penstock.actors.messages import Find, Found, Leave, Managed, Pin
 from penstock.actors.messages import Manage as Order
 from penstock.actors.preparing import Preparer, Version, Wanted
 from penstock.actors.sources.errors import SourceError
-from penstock.actors.sources.fetch import Settings
+from penstock.actors.sources.fetch import Limits, Settings
 from penstock.actors.sources.named import allowed_sources
 from penstock.engine.lora.recipe import Wish
 
@@ -32,6 +33,7 @@ class Sources(Preparer):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.content, self.pages = folder, dict[str, str](), dict[str, int]()
+        self.limits = Limits()
         self.gates, self.asked = dict[str, threading.Event](), list[str]()
 
     def prepare(self, wanted: Wanted, known: Version | None) -> Version:
@@ -281,6 +283,54 @@ def test_what_nobody_waits_for_is_not_begun(desk: Desk) -> None:
     assert {"left", "former"}.isdisjoint(begun)
     ask("left", 104)
     desk.until(lambda: told[-1:] == [104])
+
+
+def test_what_has_begun_for_nobody_stops_and_makes_room(desk: Desk) -> None:
+    told: list[tuple[int, bool]] = []
+
+    def ready(_: Preparer) -> Version:
+        return Version("00" * 32, 1, 1, "/")
+
+    def slow(preparer: Preparer) -> Version:
+        if preparer.limits.stop.wait(PATIENCE_S):
+            raise SourceError("stopped", "nobody waits for it")
+        return ready(preparer)
+
+    def ask(name: str, work: Callable[[Preparer], Version], who: int) -> None:
+        desk.finder.ask((name,), work, lambda version, _: told.append((who, version is not None)), None, far=True, who=who)
+
+    for who in range(finding.FAR):
+        ask(f"slow {who}", slow, who)
+    ask("honest", ready, 100)
+    for who in range(finding.FAR):
+        desk.finder.leave(who)
+    ask("slow 0", ready, 101)
+    begun = time.monotonic()
+    desk.until(lambda: not len(desk.finder))
+    assert time.monotonic() - begun < PATIENCE_S / 2
+    assert sorted(told) == [(100, True), (101, True)], "and what was stopped is no failure of its source"
+    assert desk.finder.counts == {"prepared": 2, "failed": 0}
+
+
+def test_what_is_left_or_done_is_not_kept(desk: Desk) -> None:
+    gate, kept = threading.Event(), list[weakref.ref[Any]]()
+
+    def ask(who: int) -> None:
+        def work(_: Preparer) -> Version:
+            gate.wait(PATIENCE_S)
+            return Version("00" * 32, 1, 1, "/")
+
+        kept.append(weakref.ref(work))
+        desk.finder.ask((str(who),), work, lambda *_: None, None, far=False, who=who)
+
+    for who in range(2 * finding.NEAR):
+        ask(who)
+    for who in range(finding.NEAR, 2 * finding.NEAR):
+        desk.finder.leave(who)
+    assert [one() is None for one in kept] == [False] * finding.NEAR + [True] * finding.NEAR
+    gate.set()
+    desk.until(lambda: not len(desk.finder))
+    desk.until(lambda: all(one() is None for one in kept))
 
 
 def test_a_request_that_is_left_is_not_answered(desk: Desk) -> None:

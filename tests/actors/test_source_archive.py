@@ -332,6 +332,17 @@ def test_a_slow_server_is_left_in_time_however_it_is_slow(server: Server, into: 
         assert time.monotonic() - begin < 5
 
 
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"])
+def test_what_nobody_waits_for_any_more_ends_early(server: Server, into: Path, start: bytes) -> None:
+    limits = Limits(connect=1.0, read=1.0, total=10.0)
+    threading.Timer(0.2, limits.stop.set).start()
+    begin = time.monotonic()
+    error = refusal(server.drips("/x.zip", start, 0.02), into, limits)
+    assert (error.code, error.retry) == ("stopped", True)
+    assert time.monotonic() - begin < 5
+    assert not any(into.iterdir())
+
+
 def test_where_nobody_listens_nothing_is_reached(server: Server, into: Path) -> None:
     server.close()
     error = refusal(server.url + "/x.zip", into)
