@@ -106,7 +106,7 @@ class Preparer:
         """What was made ready before, or what is at its source if that is still the same; without a digest, whatever is there. Raises
         `SourceError` and `AdapterError`."""
         version = self.recall(digest) or self.prepare(wanted, known)
-        _check_same(wanted, digest, version.digest)
+        _check_same(wanted, digest, version.digest, "which is no longer on this machine")
         return version
 
     def again_for(self, wanted: Wanted, digest: str | None, known: Version | None) -> Version:
@@ -123,7 +123,7 @@ class Preparer:
         loras = []
         for wanted, digest in parts:
             loras.append(self._read(wanted)[0])
-            _check_same(wanted, digest, loras[-1].digest)
+            _check_same(wanted, digest, loras[-1].digest, "and a merge is made of what is there")
         merged = merge(loras, recipe)
         if broken := broken_sites(merged, self.dtype):
             text = f"the merged weights are too large for {self.dtype}: {some(broken)}"
@@ -162,10 +162,10 @@ def check_one_place(parts: list[Wanted]) -> None:
         raise Refusal("invalid_request", text, field="adapter_token", limit="adapters of one place")
 
 
-def _check_same(wanted: Wanted, digest: str | None, now: str) -> None:
-    """A name stands for what was loaded under it. Raises `AdapterError`."""
+def _check_same(wanted: Wanted, digest: str | None, now: str, why: str) -> None:
+    """A name stands for what was loaded under it; `why` that cannot be had. Raises `AdapterError`."""
     from penstock.engine.lora.errors import AdapterError
 
     if digest is not None and now != digest:
-        text = f"{wanted.source.shown} has another adapter now than the one that was loaded from there, which is no longer on this machine"
-        raise AdapterError("changed_adapter", f"{text}: load it again")
+        text = f"{wanted.source.shown} has another adapter now than the one that was loaded from there"
+        raise AdapterError("changed_adapter", f"{text}, {why}: load it again")

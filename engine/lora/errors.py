@@ -9,7 +9,7 @@ class AdapterError(Exception):
     - missing_adapter: the folder or one of its two files is not there;
     - broken_adapter: a file is not what its format says, or the two contradict each other;
     - unsupported_adapter: peft can read it, but it changes the model in a way that this engine does not know;
-    - changed_adapter: its source has another one now, and what was loaded from there is gone;
+    - changed_adapter: its source has another one now, and what was loaded from there is gone, or is to be merged;
     - wrong_base_model: it was made for a model of other modules or sizes;
     - invalid_recipe: these adapters cannot be merged in this way.
 

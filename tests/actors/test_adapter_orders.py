@@ -388,6 +388,7 @@ def test_a_name_does_not_stand_for_what_its_source_has_now(tmp_path: Path) -> No
     error = desk.answer(2)
     assert error is not None
     assert error["limit"] == "changed_adapter"
+    assert "no longer on this machine" in error["message"]
     desk.order(3, "load", "one")
     assert desk.answer(3) is None
     desk.order(4, "pin", "one")

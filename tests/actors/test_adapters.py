@@ -287,7 +287,7 @@ def test_a_merge_is_of_what_a_name_stands_for(client: Client, shop: Path) -> Non
     client.load_adapter("edited")
     assert says(client, wish) == expected(shop / "edited", TOKENS)
     write_adapter(shop / "edited", 47)  # which nobody has loaded
-    with pytest.raises(AdapterError, match="load it again") as caught:
+    with pytest.raises(AdapterError, match="from there, and a merge is made of what is there: load it again") as caught:
         says(client, {**wish, "weights": [0.5, 0.0]})
     assert caught.value.limit == "changed_adapter"
     client.unload_adapter("edited")
