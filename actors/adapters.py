@@ -38,7 +38,7 @@ class AdaptersActor(Actor):
         self.facts: dict[str, Any] = {}  # what the executor's device has: see `Preparer`
         self.early: list[Find | Manage] = []  # that came before it was known what to prepare for
         self.found = self.orders = 0
-        self.ordered: dict[str, int] = {}  # the last order of each name to load or unload it
+        self.ordered: dict[str, int] = {}  # by name: the load under way that holds, if no later order comes
         self.finder = Finder(self._preparer)
         self.pins = self._open_pins()
         self.mail.watch(self.finder.bell)
@@ -203,7 +203,7 @@ class AdaptersActor(Actor):
                 case "list" | "unload" | "unpin":
                     if message.order == "unload":
                         self._title(message.name)
-                        self._order(message.name)
+                        self.ordered.pop(message.name, None)
                         self._put(message.name, None)
                     elif message.order == "unpin":
                         self._put(message.name, replace(self._title(message.name), pinned=False))
@@ -213,11 +213,6 @@ class AdaptersActor(Actor):
                     raise bad("order", message.order, "load, unload, pin, unpin or list")
         except Refusal as refusal:
             self._tell(message, refusal.fault)
-
-    def _order(self, name: str) -> int:
-        self.orders += 1
-        self.ordered[name] = self.orders
-        return self.orders
 
     def _title(self, name: str) -> Title:
         title = self.library.titles.get(name)
@@ -237,11 +232,15 @@ class AdaptersActor(Actor):
         part = self._of_title(title)
         if all(other.source != title.source for other in self.library.titles.values()):
             part = replace(part, settings=self.settings)  # it must be allowed by itself
-        known, number = self.finder.known(part.key), self._order(name)
+        self.orders += 1
+        number = self.ordered[name] = self.orders
+        known = self.finder.known(part.key)
 
         def then(version: Version | None, fault: Fault | None) -> None:
-            now = self.library.titles.get(name)
-            if version is not None and self.ordered[name] != number:
+            now, holds = self.library.titles.get(name), self.ordered.get(name) == number
+            if holds:
+                del self.ordered[name]
+            if version is not None and not holds:
                 text = f"{name!r} was loaded or unloaded by a later order while this one was under way"
                 fault = Fault(code="adapter_error", message=text, field="name", value=name)
             elif version is not None and now is not None and now.pinned:
@@ -252,7 +251,8 @@ class AdaptersActor(Actor):
             self._tell(message, fault)
 
         # By a key of its own: what is under way may have seen what was there before.
-        self.finder.ask((*part.key, f"order {number}"), lambda preparer: preparer.prepare(part, known), then, 0.0, far=part.far)
+        key = (*part.key, f"order {number}")
+        self.finder.ask(key, lambda preparer: preparer.prepare(part, known), then, 0.0, far=part.far, once=True)
 
     def _pin(self, message: Manage) -> None:
         def then(version: Version | None, fault: Fault | None) -> None:

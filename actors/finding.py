@@ -42,6 +42,7 @@ class Task:
     key: Key
     work: Callable[[Preparer], Version]
     lane: Lane
+    once: bool
     waiting: list[tuple[int | None, Then]] = field(default_factory=list)
     stop: Event = field(default_factory=Event)
 
@@ -73,10 +74,11 @@ class Finder:
 
     def ask(
         self, key: Key, work: Callable[[Preparer], Version], then: Then, fresh: float | None, *, far: bool, merged: bool = False,
-        who: int | None = None,
+        who: int | None = None, once: bool = False,
     ) -> None:  # fmt: skip
         """Have something made ready, unless it has been known for less than `fresh` seconds, or (None) at all. `then` is called now, or by
-        `collect`. `far`: another machine has it; `merged`: it is made of several. `who` may `leave`."""
+        `collect`. `far`: another machine has it; `merged`: it is made of several. `who` may `leave`. `once`: nobody will ask for it
+        by this key again."""
         now = time.monotonic()
         if key in self._tasks:
             self._wait(key, who, then)
@@ -90,7 +92,7 @@ class Finder:
             then(None, fault)
             return
         lane = self._merged if merged else self._far if far else self._near
-        self._tasks[key] = lane.queue[key] = Task(key, work, lane)
+        self._tasks[key] = lane.queue[key] = Task(key, work, lane, once)
         self._wait(key, who, then)
         self._begin(lane)
 
@@ -137,7 +139,8 @@ class Finder:
             self._begin(task.lane)
             if version is not None:
                 self.counts["prepared"] += 1
-                self.remember(task.key, version)
+                if not task.once:
+                    self.remember(task.key, version)
             if self._tasks.get(task.key) is not task:  # it was stopped, which tells nothing of its source
                 continue
             del self._tasks[task.key]

@@ -140,6 +140,18 @@ def test_what_was_unloaded_does_not_come_back(desk: Desk) -> None:
     assert not desk.library.titles
 
 
+def test_of_orders_that_are_over_nothing_is_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "MOST_KNOWN", 2)
+    desk.sources.content["/gone"] = ""
+    for job, (order, name) in enumerate([("load", "one"), ("load", "two"), ("load", "gone"), ("load", "gone"), ("list", "")]):
+        desk.order(job, order, name, f"/{name}")
+        assert (desk.answer(job) is None) == (name != "gone")
+    rows = next(message.adapters for message in reversed(desk.sent) if isinstance(message, Managed))
+    assert [(row["name"], row["state"]) for row in rows] == [("one", "host"), ("two", "host")], "an order takes nobody's place"
+    desk.order(10, "unload", "one")
+    assert not desk.ordered
+
+
 def test_a_load_sees_what_is_there_when_it_is_ordered(desk: Desk) -> None:
     gate = desk.sources.gates["/place"] = threading.Event()
     desk.sources.content["/place"] = "old"
