@@ -96,7 +96,7 @@ class Jobs:
             return
         self._stirred = False
         adapters = peers.get(ADAPTERS)
-        left, self._left = self._left, []
+        left, self._left = self._left, []  # whoever was asked is ready for as long as it lives: one that is not has none of these
         if adapters is not None and adapters.ready:
             for number in left:
                 yield ADAPTERS, Leave(number)
