@@ -132,6 +132,13 @@ def test_the_executor_answers_a_scheduler_that_it_has_not_heard_of_yet_once_it_h
     assert not old.read()
 
 
+def test_the_executor_reports_that_it_prepares_and_what_opening_took(context: Any, tmp_path: Path) -> None:
+    executor = build(ExecutorActor, context, tmp_path)
+    assert executor.load().items() >= {"in_flight": 0, "preparing": True, "opening_s": {}}.items()
+    executor.after()
+    assert executor.load()["preparing"] is False
+
+
 def test_the_tokenizer_answers_a_gateway_that_it_has_not_heard_of_yet_once_it_has(context: Any, tmp_path: Path) -> None:
     tokenizer = build(TokenizerActor, context, tmp_path)
     old, new = Inbox(context, "gateway", 4), Inbox(context, "gateway", 11)

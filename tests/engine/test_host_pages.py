@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,19 @@ def test_who_was_asked_for_often_goes_when_that_was_long_ago() -> None:
         ask(host, 4)
     assert ask(host, 3)
     assert ask(host, 4)
+
+
+def test_without_memory_for_one_more_the_longest_unused_gives_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = make(3)
+    for name in (1, 2, 3) * 2 + (2, 1):
+        ask(host, name)
+    host._free.clear()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory can be locked")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert [ask(host, name) for name in (4, 2, 1, 3)] == [False, True, True, False]
 
 
 def test_it_never_holds_more_than_fits_and_one_page_more() -> None:
