@@ -6,7 +6,7 @@ fresh only if both are current. Times are seconds; those that are points in time
 
     client  ══ Hello, Generate, Cancel, Renew, List, Status, Control ══▶ gateway ══ Welcome, Accepted, Chunks, Failed, … ══▶ client
     gateway ── Encode ──▶ tokenizer ── Encoded ──▶ gateway ── Submit, Abort ──▶ scheduler ── Begin ──▶ gateway
-    gateway ── Find, Manage ──▶ adapters ── Found, Managed ──▶ gateway; adapters ── Pin ──▶ scheduler
+    gateway ── Find, Leave, Manage ──▶ adapters ── Found, Managed ──▶ gateway; adapters ── Pin ──▶ scheduler
     scheduler ── Step, Load ──▶ executor ── StepDone, Loaded ──▶ scheduler
     scheduler ── Emitted ──▶ detokenizer ── Released ──▶ gateway ── Journaled ──▶ scheduler
     every actor ── Up, Ready, Heartbeat, Died, Order ──▶ supervisor ── Peers, Vitals, Drain, Record, Stop ──▶ every actor

@@ -13,7 +13,9 @@ import pytest
 from penstock.actors import protocol as wire
 from penstock.actors.errors import CODES
 from penstock.actors.protocol import TO_CLIENT, TO_GATEWAY
+from penstock.actors.sources.errors import CODES as SOURCE_CODES
 from penstock.actors.wire import Catalogue, Limits
+from penstock.engine.lora.errors import AdapterError
 from penstock.engine.params import InvalidParameter, PromptOptions, SamplingParams
 
 PAGE = (Path(__file__).parents[2] / "clients" / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -39,6 +41,13 @@ def test_parameters_are_those_of_the_table(table: type[Any]) -> None:
 def test_error_codes_are_those_of_the_table() -> None:
     for code, (retryable, meaning) in CODES.items():
         assert f"| `{code}` | {'yes' if retryable else 'no'} | {meaning} |" in PAGE
+
+
+def test_what_may_be_wrong_with_an_adapter_and_its_source_is_named() -> None:
+    text = PAGE.split("With `adapter_error`")[1].split("\n\n")[0]
+    codes = re.findall(r"^ *- (\w+):", AdapterError.__doc__ or "", re.MULTILINE)
+    assert len(codes) == 6
+    assert {code for code in re.findall(r"`(\w+)`", text) if code != "limit"} == {*codes, *SOURCE_CODES} - {"stopped"}
 
 
 @pytest.mark.parametrize(("catalogue", "heading"), [(TO_GATEWAY, "## Messages to the engine"), (TO_CLIENT, "## Messages to a client")])
