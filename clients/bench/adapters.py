@@ -18,7 +18,7 @@ from typing import Any
 from penstock.clients.aio import AsyncClient
 from penstock.clients.bench.lora import config_of, pages_of, write_adapters
 from penstock.clients.bench.measure import Run, run_item, run_workload
-from penstock.clients.bench.offline import engine, settled, step_figures
+from penstock.clients.bench.offline import engine, prepared, settled, step_figures
 from penstock.clients.bench.workloads import Item, Workload, adapted
 from penstock.clients.order import refuse
 
@@ -120,7 +120,7 @@ async def _without(model: str, demand: Demand, repeats: int, config: dict[str, A
 
 
 async def rehearse(client: AsyncClient, work: Workload) -> None:
-    """The same requests with only a few tokens: on a GPU a step's graph is captured when one of its size first comes."""
+    """The same requests with only a few tokens: on a GPU graphs are prepared for what came once."""
     await run_workload(client, replace(work, items=[replace(item, max_tokens=min(REHEARSED, item.max_tokens)) for item in work.items]))
 
 
@@ -135,7 +135,7 @@ async def _take_turns(client: AsyncClient, cases: list[Case], demand: Demand, na
     for case in cases:
         works[case] = adapted(case.requests, demand.prompt, demand.output, names[: case.adapters], vocab)
         await rehearse(client, works[case])
-    before = await settled(client)
+    before = await prepared(client)
     for _ in range(repeats):
         for case, found in measured.items():
             if mine := names[: case.adapters]:

@@ -19,6 +19,8 @@ from penstock.clients.bench.workloads import Item, Workload, decode, find
 from penstock.clients.errors import InvalidRequest
 from penstock.clients.launcher import alaunch
 
+PREPARING_S = 300.0  # for which an executor may prepare at most, while nobody asks it for anything
+
 
 @asynccontextmanager
 async def engine(model: str, **config: Any) -> AsyncIterator[tuple[AsyncClient, float]]:
@@ -105,9 +107,10 @@ async def online(
 
 async def prepared(client: AsyncClient) -> dict[str, Any]:
     """The report, once the executor has nothing left to prepare: on a GPU it captures graphs while it rests, for some seconds after the
-    start."""
-    while (status := await settled(client))["executor"].get("preparing"):
-        pass
+    start. Raises `TimeoutError`."""
+    async with asyncio.timeout(PREPARING_S):
+        while (status := await settled(client))["executor"].get("preparing"):
+            pass
     return status
 
 
