@@ -90,6 +90,8 @@ def open_model(
     on_cpu = device == "cpu"
     if on_cpu:
         torch.set_num_threads(threads or os.cpu_count() or 1)
+    else:  # of some rows by a long inner dimension a product of cuBLAS takes up to a sixth longer, and others as long
+        torch.backends.cuda.preferred_blas_library("cublaslt")
     dtype = "float32" if dtype == "auto" and on_cpu else dtype
     spec = read_spec(model_folder(model), dtype=dtype, max_model_len=max_model_len, weights=weights, seed=seed)
     stored = choose_dtype(kv_dtype, getattr(torch, spec.dtype), torch.device(device), deterministic=deterministic)
