@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -37,7 +37,8 @@ ADAPTERS: PeerKey = ("adapters", 0)
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """Who an actor is and where it listens. `incarnation` grows with each start of any actor of the engine."""
+    """Who an actor is and where it listens. `incarnation` grows with each start of any actor of the engine. `values`: what the fork server
+    has read of the model's config (`engine.model.values`), for the executor."""
 
     kind: str
     index: int
@@ -46,6 +47,7 @@ class Post:
     supervisor: str
     directory: str
     config: EngineConfig
+    values: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,10 @@ class ExecutorActor(Actor):
         return facts
 
     def _open_runner(self) -> tuple[StepRunner, dict[str, Any]]:
-        mock = self.config.executor == "mock"
         try:
-            return open_mock(**opening(self.config), mock_step=self.config.mock_step) if mock else open_model(**opening(self.config))
+            if self.config.executor == "mock":
+                return open_mock(**opening(self.config), mock_step=self.config.mock_step)
+            return open_model(**opening(self.config), values=self.post.values)
         except ModelError as error:
             raise Refusal("model_error", str(error), field="model", value=self.config.model, actor=self.kind) from error
 

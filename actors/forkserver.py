@@ -21,14 +21,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from penstock.actors.actor import Post
-from penstock.actors.process import ACTORS, be_actor, post_from_json, post_to_json
+from penstock.actors.process import ACTORS, be_actor, hide, post_from_json, post_to_json
 
 MOST_BYTES = 1 << 16  # of one request
 HEAVY = ("penstock.engine.model.build", "penstock.engine.memory", "penstock.engine.runner")  # torch, and all that runs a model
-# transformers imports these wherever they are installed, for pictures and figures that nobody asks for here, and takes twice as long. What
-# `sys.modules` has as None is not to be found.
+# transformers imports these wherever they are installed, for pictures and figures that nobody asks for here, and takes twice as long.
 NEEDLESS = ("torchvision", "sklearn")
 
 
@@ -88,27 +90,57 @@ class ForkServer:
         self._process.wait()
 
 
-def preload(model: str, decoder: str) -> None:
-    """Import what runs a model. The model itself is opened by the executor alone, and errors in it are its to report."""
+def preload(model: str, decoder: str) -> dict[str, Any] | None:
+    """Import what runs a model. Returns its config, if the native decoder can do with that. The model itself is opened by the executor
+    alone, and errors in it are its to report."""
     with suppress(Exception):  # whatever it is, torch that is not installed for one, the executor meets it too, and says so
-        for name in HEAVY:
-            importlib.import_module(name)
-        from transformers import AutoConfig
-
-        from penstock.engine.model.decoder import FAMILIES
-        from penstock.engine.model.spec import read_spec
+        from penstock.engine.model.spec import NATIVE, read_spec
         from penstock.engine.open import model_folder
 
         spec = read_spec(model_folder(model), weights="random")
+        native = spec.model_type in NATIVE and decoder != "adopted"
+        reading = begin_reading(spec.folder) if native else None
+        for name in HEAVY:
+            importlib.import_module(name)
+        if reading is not None and (values := end_reading(*reading)) is not None:
+            return values  # it needs nothing of transformers
+        from transformers import AutoConfig
+
         config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
-        if spec.model_type in FAMILIES and decoder != "adopted":
-            return  # it needs nothing of the family's own code
+        if native:
+            return None  # it needs nothing of the family's own code
         from transformers import AutoModelForCausalLM
 
         # Looking a class up imports its module.
         AutoModelForCausalLM._model_mapping[type(config)]
         # It compiles a thousand patterns of weight names, of all families, at the first call: a third of what tiny takes to load.
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    return None
+
+
+def begin_reading(folder: Path) -> tuple[int, int]:
+    """Read a model's config in a process of its own, which never imports torch. Returns its process id, and the descriptor that it writes
+    to."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        return child, read
+    try:
+        hide("torch")
+        with os.fdopen(write, "w") as pipe:
+            json.dump(importlib.import_module("penstock.engine.model.values").read_values(folder), pipe, default=str)
+    finally:
+        os._exit(0)  # what was wrong the executor meets, too
+
+
+def end_reading(child: int, read: int) -> dict[str, Any] | None:
+    """What it has read; None if it could not, or if that is not enough."""
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    values: dict[str, Any] | None = json.loads(text) if text else None
+    return values
 
 
 def fork_actor(post: Post, death: int, control: socket.socket) -> None:
@@ -140,10 +172,10 @@ def main() -> None:
     control = socket.socket(fileno=parser.parse_args().fd_control)
     # Ctrl-C reaches every process of the terminal: the supervisor drains first and then stops its actors.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.modules.update(dict.fromkeys(NEEDLESS))  # type: ignore[arg-type]
+    hide(*NEEDLESS)
     for name in ACTORS.values():
         importlib.import_module(name.partition(":")[0])
-    loaded = False
+    loaded, values = False, None
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, MOST_BYTES, 1)
         if not message:
@@ -151,10 +183,10 @@ def main() -> None:
         post = post_from_json(message.decode())
         if post.kind == "executor" and post.config.executor != "mock" and not loaded:
             loaded = True
-            preload(post.config.model, post.config.decoder)
+            values = preload(post.config.model, post.config.decoder)
         gc.collect()
         gc.freeze()  # nothing that is shared is moved about by a collection in a child
-        fork_actor(post, descriptors[0], control)
+        fork_actor(replace(post, values=values), descriptors[0], control)
         os.close(descriptors[0])
 
 

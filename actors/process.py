@@ -67,6 +67,13 @@ def die_with_parent(death: int, directory: str) -> None:
     threading.Thread(target=watch, name="death", daemon=True).start()
 
 
+def hide(*names: str) -> None:
+    """Have packages not be found by whoever imports them from now on in this process: transformers takes along whatever is there."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # or it says what it misses
+    for name in names:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
 def be_actor(post: Post, death: int) -> NoReturn:
     """Be the actor of a post in this process, whose parent is the supervisor by now, until it ends. `death` is the read end of a pipe."""
     libc = ctypes.CDLL(None)
@@ -74,6 +81,8 @@ def be_actor(post: Post, death: int) -> NoReturn:
     die_with_parent(death, post.directory)
     if post.kind == "executor":
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if post.kind == "tokenizer":
+        hide("torch")
     gc.disable()  # see `penstock.actors.tidy`
     well = False
     try:

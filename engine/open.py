@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,14 @@ def open_model(
     time_steps: bool,
     adapter_pages: int | None,
     adapter_host: int,
+    values: Mapping[str, Any] | None = None,
 ) -> tuple[Runner, dict[str, Any]]:
-    """Load a model, size its cache, warm it up. Raises `ModelError`.
+    """Load a model, size its cache, warm it up. `values` as for `build_model`. Raises `ModelError`.
 
     Where nothing is said: a GPU if there is one; the model's own dtype there, float32 on a CPU; 90 % of a GPU's memory, 30 % of a CPU's.
     """
     marks = [time.perf_counter()]
     import torch
-    from transformers.utils import logging
 
     from penstock.engine.attention.storage import choose_dtype
     from penstock.engine.memory import Workload, count_blocks, count_pages
@@ -82,7 +83,6 @@ def open_model(
     from penstock.engine.runner import Runner
     from penstock.engine.spans import SpanClock
 
-    logging.disable_progress_bar()  # an executor's output is a log
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
@@ -96,7 +96,7 @@ def open_model(
     spec = read_spec(model_folder(model), dtype=dtype, max_model_len=max_model_len, weights=weights, seed=seed)
     stored = choose_dtype(kv_dtype, getattr(torch, spec.dtype), torch.device(device), deterministic=deterministic)
     marks.append(time.perf_counter())
-    built = build_model(spec, torch.device(device), decoder, deterministic=deterministic)
+    built = build_model(spec, torch.device(device), decoder, deterministic=deterministic, values=values)
     marks.append(time.perf_counter())
     work = Workload(
         slots=max_running, token_budget=token_budget or (512 if on_cpu else 8192), max_model_len=spec.max_model_len, block_size=block_size,

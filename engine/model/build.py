@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from penstock.engine.model.adopt import AdoptedModel
 from penstock.engine.model.base import Model
-from penstock.engine.model.decoder import FAMILIES, read_decoder
+from penstock.engine.model.decoder import read_decoder
 from penstock.engine.model.load import DTYPES, load_model, read_config
 from penstock.engine.model.native import NativeModel
-from penstock.engine.model.spec import ModelError, ModelSpec
+from penstock.engine.model.spec import NATIVE, ModelError, ModelSpec
+from penstock.engine.model.values import still_holds
 from penstock.engine.model.weights import draw_weights, read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def build_model(spec: ModelSpec, device: torch.device, decoder: str = "auto", *, deterministic: bool = False) -> Model:
+def build_model(
+    spec: ModelSpec, device: torch.device, decoder: str = "auto", *, deterministic: bool = False, values: Mapping[str, Any] | None = None
+) -> Model:
     """Load the weights of `spec` and build its model. `decoder` is "auto", "native" or "adopted". `deterministic`: a token's bits do not
-    depend on what else is in a step. Raises `ModelError`: as `load_model` does, unsupported_model for a family that neither way, or not
-    the one asked for, can run, or can be deterministic, and invalid_option for a device or dtype that cannot."""
-    config = read_config(spec)
+    depend on what else is in a step. `values`: what `engine.model.values` read of the config, if it did. Raises `ModelError`: as
+    `load_model` does, unsupported_model for a family that neither way, or not the one asked for, can run, or can be deterministic, and
+    invalid_option for a device or dtype that cannot."""
+    config: Any = read_config(spec) if values is None or not still_holds(values, spec.folder) else SimpleNamespace(**values)
     found = None if decoder == "adopted" else read_decoder(config, device)
     if found is not None and (weights := _weights(spec, config, device)) is not None:
         return NativeModel(found, weights, deterministic=deterministic)
     if found is None and decoder == "native":
-        known = ", ".join(sorted(FAMILIES))
+        known = ", ".join(sorted(NATIVE))
         raise ModelError("unsupported_model", f"{spec.model_type}: the native decoder runs plain forms of {known}; use decoder=auto")
     module = load_model(spec, device)
     if found is None:

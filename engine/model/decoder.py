@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from penstock.engine.attention.base import LayerShape
 from penstock.engine.model.experts import Mixture
 from penstock.engine.model.rotary import Rotary, read_rotary
+from penstock.engine.model.spec import MIXTURES, NATIVE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MIXTURES = frozenset({"mixtral", "qwen3_moe", "olmoe"})  # their layers are made of experts, or some of them are
-FAMILIES = MIXTURES | {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 # A config keeps whatever keys a file has, and each family reads only its own: so each is asked for only what it reads.
 SLIDING = frozenset({"mistral", "phi3", "mixtral", "qwen3_moe"})  # every layer has the window
 SLIDING_BY_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})  # those layers that `layer_types` says
@@ -48,11 +47,11 @@ class Decoder:
 
 
 def read_decoder(config: PreTrainedConfig, device: torch.device) -> Decoder | None:
-    """The decoder that a config of transformers describes; None if it is none of `FAMILIES`, or says what is not known here."""
+    """The decoder that a config of transformers describes; None if it is none of `NATIVE`, or says what is not known here."""
     family, count = config.model_type, config.num_hidden_layers
     capped = family in CAPPED
     activation = getattr(config, "hidden_activation" if capped else "hidden_act", None)
-    if family not in FAMILIES or activation not in ACTIVATIONS or getattr(config, "use_bidirectional_attention", False):
+    if family not in NATIVE or activation not in ACTIVATIONS or getattr(config, "use_bidirectional_attention", False):
         return None
     types: list[str | None] = list(config.layer_types) if family in SLIDING_BY_TYPE else [None] * count
     windows = [getattr(config, "sliding_window", None) if family in SLIDING or kind == "sliding_attention" else None for kind in types]
@@ -94,7 +93,7 @@ def read_decoder(config: PreTrainedConfig, device: torch.device) -> Decoder | No
 
 
 def read_mixtures(config: PreTrainedConfig) -> tuple[Mixture | None, ...]:
-    """The experts of each layer of a decoder of `FAMILIES`."""
+    """The experts of each layer of a decoder of `NATIVE`."""
     family, layers = config.model_type, range(config.num_hidden_layers)
     if family not in MIXTURES or config.num_experts < 1:
         return (None,) * len(layers)

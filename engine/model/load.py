@@ -31,7 +31,9 @@ def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:
     Code that comes with a model is never run. Raises `ModelError`: unsupported_model, broken_config, broken_weights, out_of_memory.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # an executor's output is a log
     config = read_config(spec)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError("unsupported_model", f"{spec.model_type}: transformers knows no causal language model of this family")

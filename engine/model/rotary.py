@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -46,16 +47,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def read_rotary(config: PreTrainedConfig, layer_type: str | None, device: torch.device) -> Rotary | None:
     """The rotary embedding of a config's layers, or of those of one type where types differ; None for a kind that is not known here."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     every: Mapping[str, Any] = config.rope_parameters
     nested = layer_type is not None and isinstance(every.get(layer_type), Mapping)
     given: Mapping[str, Any] = every[str(layer_type)] if nested else every
     kind, share = given.get("rope_type", PLAIN), given.get("partial_rotary_factor") or 1.0
     if kind not in KINDS or (share != 1.0 and config.model_type != "phi3"):  # the others of our families ignore it in their plain form only
         return None
-    if kind != PLAIN:
+    if kind not in (PLAIN, "linear", "llama3"):
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, device, **({"layer_type": layer_type} if nested else {}))
         return Rotary(frequencies.float(), float(scaling))
     dim = int((getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * share)
-    return Rotary(1.0 / (given["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)).to(device), 1.0)
+    frequencies = 1.0 / (given["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    if kind == "linear":
+        frequencies = frequencies / given["factor"]
+    elif kind == "llama3":
+        frequencies = _stretch_long(frequencies, given)
+    return Rotary(frequencies.to(device), 1.0)
+
+
+def _stretch_long(frequencies: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """Long waves turn slower by a factor, short ones as they did, and those between by some of it (Llama 3.1; Grattafiori et al., 2024)."""
+    low, high = given["low_freq_factor"], given["high_freq_factor"]
+    waves = given["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # of the original length
+    share = ((waves - low) / (high - low)).clamp(0.0, 1.0)
+    found: Tensor = (1 - share) * frequencies / given["factor"] + share * frequencies
+    return found

@@ -14,6 +14,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 
+# Families that the native decoder runs (`engine.model.decoder`), and those of them whose layers are made of experts, or some of them are.
+MIXTURES = frozenset({"mixtral", "qwen3_moe", "olmoe"})
+NATIVE = MIXTURES | {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 NO_INTERFACE = "its attention does not go through transformers' AttentionInterface"
 RECURRENT = "it keeps a recurrent or convolutional state, not only keys and values"
 LATENT = "it keeps a compressed (latent) cache or one shared by several layers"
@@ -153,6 +156,9 @@ def _fetch(source: str, *, with_weights: bool) -> Path:
     """From the local hub cache, else from the hub, because the user named it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()  # an executor's output is a log
 
     patterns = ["*.json", "*.jinja", "*.txt", "tokenizer*"] + (["*.safetensors"] if with_weights else [])
     try:

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from penstock.engine.model.adopt import AdoptedModel
 from penstock.engine.model.base import Model
-from penstock.engine.model.decoder import FAMILIES as NATIVE
 from penstock.engine.model.decoder import read_decoder
 from penstock.engine.model.native import NativeModel
+from penstock.engine.model.spec import NATIVE
 from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
 
