@@ -40,7 +40,7 @@ class EngineConfig:
     max_running: int = _setting(256, "most requests in one step")
     token_budget: int | None = _setting(None, "most tokens in one step; none: 8192 on a GPU, 512 on a CPU")
     lookahead: int | None = _setting(
-        None, "plans sent before the results of earlier ones are back: 0, 1 or 2; none: 1, and 2 where steps are short"
+        None, "plans sent before the results of earlier ones are back: 0, 1 or 2; none: 1, and 2 where a GPU's steps are short"
     )
     quantum: int | None = _setting(
         None, "tokens of a step that a tenant gets at least while others ask for less; 0: all that it wants; none: 64 on a GPU, 16 on a CPU"

@@ -42,7 +42,7 @@ class SchedulerActor(Actor):
         self.crew: set[int] = set()  # incarnations of the peers that streams depend on, as of the last Begin
         self.flying: list[int] = []  # streams that were in a step of an executor that died since
         self.step_seconds = 0.0
-        self.ahead = plans_ahead(self.config.lookahead, SHORT_S)
+        self.ahead, self.beside = 1, False  # plans, and whether the executor launches the next step while one runs
         self.spent = 0.0  # CPU seconds of plan and commit since the last commit
         self.host_seconds: deque[float] = deque(maxlen=HOST_SAMPLES)
         self.pinned: tuple[Adapter, ...] = ()
@@ -59,7 +59,8 @@ class SchedulerActor(Actor):
             self.executor = executor.incarnation
             if self.scheduler is not None and not executor.facts.get("relieves"):
                 self.flying += self.scheduler.flying_handles()
-            self.scheduler = self._new_scheduler(executor.facts)
+            self.scheduler, self.beside = self._new_scheduler(executor.facts), executor.facts["device"] == "cuda"
+            self.ahead = plans_ahead(self.config.lookahead, SHORT_S, beside=self.beside)
             self._repin((), self.pinned)
             self.opens.clear()
             self.commits.clear()
@@ -173,7 +174,7 @@ class SchedulerActor(Actor):
         self.commits.append(self.scheduler.commit(result_from_done(message), time.monotonic()))
         self.spent += time.thread_time() - begun
         self.step_seconds += message.seconds
-        self.ahead = plans_ahead(self.config.lookahead, message.seconds)
+        self.ahead = plans_ahead(self.config.lookahead, message.seconds, beside=self.beside)
         self._launch()  # before the results are told: the executor must not wait for that
         self.host_seconds.append(self.spent)
         self.spent = 0.0
@@ -269,12 +270,13 @@ class SchedulerActor(Actor):
         return {"host_p50_s": ordered[len(ordered) // 2], "host_p99_s": ordered[len(ordered) * 99 // 100]}
 
 
-def plans_ahead(asked: int | None, seconds: float) -> int:
-    """How many plans to send before the results of earlier ones are back, where the last step took so long. With one, a device waits for
-    the host wherever a round of messages takes longer than a step does; with more, requests that arrive wait for more steps."""
+def plans_ahead(asked: int | None, seconds: float, *, beside: bool) -> int:
+    """How many plans to send before the results of earlier ones are back, where the last step took so long. `beside`: steps run while the
+    host launches the next one. With one, a device then waits wherever a round of messages takes longer than a step does; with more,
+    requests that arrive wait for more steps."""
     if asked is not None:
         return asked
-    return MOST_AHEAD if seconds < SHORT_S else 1
+    return MOST_AHEAD if beside and seconds < SHORT_S else 1
 
 
 def detokenizer_of(handle: Handles, count: int) -> Handles:
