@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -30,6 +31,8 @@ from penstock.actors.process import ACTORS, be_actor, hide, post_from_json, post
 
 MOST_BYTES = 1 << 16  # of one request
 HEAVY = ("penstock.engine.model.build", "penstock.engine.memory", "penstock.engine.runner")  # torch, and all that runs a model
+# What tokenizers need: those of the start import it by themselves, meanwhile.
+LATER, IDLE_S = "transformers.tokenization_utils_tokenizers", 1.0
 # transformers imports these wherever they are installed, for pictures and figures that nobody asks for here, and takes twice as long.
 NEEDLESS = ("torchvision", "sklearn")
 
@@ -175,8 +178,12 @@ def main() -> None:
     hide(*NEEDLESS)
     for name in ACTORS.values():
         importlib.import_module(name.partition(":")[0])
-    loaded, values = False, None
+    loaded, ready, values = False, False, None
     while True:
+        if loaded and not ready and not select.select([control], [], [], IDLE_S)[0]:
+            ready = True
+            with suppress(Exception):  # as in `preload`
+                importlib.import_module(LATER)
         message, descriptors, _, _ = socket.recv_fds(control, MOST_BYTES, 1)
         if not message:
             return  # the supervisor is gone

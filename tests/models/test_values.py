@@ -48,8 +48,7 @@ def test_values_make_the_decoder_that_the_config_makes(name: str, tmp_path: Path
     for one, other in zip(got.rotaries, expected.rotaries, strict=True):
         assert torch.equal(one.frequencies, other.frequencies)
         assert one.scaling == other.scaling
-    facts = [{name: value for name in decoder.__slots__ if name != "rotaries" for value in [getattr(decoder, name)]} for decoder in (got, expected)]
-    assert facts[0] == facts[1]
+    assert all(getattr(got, name) == getattr(expected, name) for name in got.__slots__ if name != "rotaries")
     assert weight_shapes(given) == weight_shapes(config)
 
 
