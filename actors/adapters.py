@@ -133,7 +133,7 @@ class AdaptersActor(Actor):
             if message.token is None:
                 self._ask_for(wish.names[0], title, answer, message.job)
             else:
-                key, version = self._key(title), title.version
+                key, version = (*part.key, title.version or ""), title.version  # each token by itself
                 known = self.finder.known(key)
                 self.finder.ask(key, lambda preparer: preparer.again_for(part, version, known), answer, 0.0, far=part.far, who=message.job)
 
@@ -169,7 +169,7 @@ class AdaptersActor(Actor):
 
         def keep(version: Version | None, fault: Fault | None) -> None:
             if version is not None and title.version is None and self.library.titles.get(name) == title:
-                self._name(name, title.again(version.digest, title), version)
+                self._name(name, title.again(version.digest, version.pages, title), version)
             then(version, fault)
             if new and version is not None and title.pinned:
                 self.pins.send()
@@ -207,7 +207,8 @@ class AdaptersActor(Actor):
                         self._put(message.name, None)
                     elif message.order == "unpin":
                         self._put(message.name, replace(self._title(message.name), pinned=False))
-                    self.pins.send()
+                    if message.order != "list":
+                        self.pins.send()
                     self._tell(message, None)
                 case _:
                     raise bad("order", message.order, "load, unload, pin, unpin or list")
@@ -246,7 +247,7 @@ class AdaptersActor(Actor):
             elif version is not None and now is not None and now.pinned:
                 fault = self.pins.too_much(name, version, self.facts["pages"])
             if version is not None and fault is None:
-                self._name(name, title.again(version.digest, now), version)
+                self._name(name, title.again(version.digest, version.pages, now), version)
                 self.pins.send()
             self._tell(message, fault)
 

@@ -19,6 +19,7 @@ from penstock.engine.lora.errors import AdapterError
 # hundred: they are in the way of each other alone.
 NEAR, FAR, MERGED = 8, 32, 2
 FAILED_S = 5.0  # for so long what failed is not tried again
+GRACE_S = 2.0  # for so long what has begun goes on although nobody waits for it: a gateway that takes another's place asks again
 MOST_KNOWN = 4096  # versions that are remembered
 
 Key = tuple[str, ...]  # what is asked for; it may hold secrets, but for the first part, which is for people
@@ -44,6 +45,7 @@ class Task:
     lane: Lane
     once: bool
     waiting: list[tuple[int | None, Then]] = field(default_factory=list)
+    left: float = 0.0  # when the last of them left
     stop: Event = field(default_factory=Event)
 
 
@@ -97,16 +99,15 @@ class Finder:
         self._begin(lane)
 
     def leave(self, who: int) -> None:
-        """It does not wait any more. What nobody waits for is not begun, or ends as soon as it can."""
+        """It does not wait any more. What nobody waits for is not begun, or ends some time later: see `collect`."""
         key = self._waits.pop(who, None)
         if key is None:
             return
         task = self._tasks[key]
         task.waiting = [(other, then) for other, then in task.waiting if other != who]
-        if not task.waiting:
+        task.left = time.monotonic()
+        if not task.waiting and task.lane.queue.pop(key, None) is not None:
             del self._tasks[key]
-            task.lane.queue.pop(key, None)
-            task.stop.set()
 
     def leave_all(self, but: int) -> None:
         """Those whose number has another upper half: they were a gateway's that is no more."""
@@ -128,7 +129,8 @@ class Finder:
             lane.pool.submit(self._work, task, self._preparer)
 
     def collect(self) -> Iterator[tuple[str, Fault]]:
-        """Call those who wait for what is done. Yields what has failed, and why."""
+        """Call those who wait for what is done, and stop what nobody waits for any more. Yields what has failed, and why."""
+        self._stop_left(time.monotonic() - GRACE_S)
         try:
             os.eventfd_read(self.bell)
         except BlockingIOError:
@@ -139,7 +141,7 @@ class Finder:
             self._begin(task.lane)
             if version is not None:
                 self.counts["prepared"] += 1
-                if not task.once:
+                if not (task.once or task.stop.is_set()):  # one of the same key may have been begun since
                     self.remember(task.key, version)
             if self._tasks.get(task.key) is not task:  # it was stopped, which tells nothing of its source
                 continue
@@ -154,6 +156,12 @@ class Finder:
                 if who is not None:
                     self._waits.pop(who, None)
                 then(version, fault)
+
+    def _stop_left(self, before: float) -> None:
+        for key, task in list(self._tasks.items()):
+            if not task.waiting and task.left < before:
+                del self._tasks[key]
+                task.stop.set()
 
     def known(self, key: Key) -> Version | None:
         if (found := self._versions.pop(key, None)) is None:

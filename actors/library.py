@@ -20,21 +20,23 @@ MOST_VERSIONS = 16  # of a name, that streams which have begun may go on with
 @dataclass(frozen=True, slots=True)
 class Title:
     """What a name stands for. `source` is a text, `token` what it wants; `versions` are the digests of what it has stood for, the one that
-    requests get last, once that is known. `pinned`: it is to stay on the device."""
+    requests get last, once that is known, and `pages` what that takes. `pinned`: it is to stay on the device."""
 
     source: str
     token: str | None = None
     pinned: bool = False
     versions: tuple[str, ...] = ()
+    pages: int = 0
 
     @property
     def version(self) -> str | None:
         return self.versions[-1] if self.versions else None
 
-    def again(self, version: str, before: Title | None) -> Title:
+    def again(self, version: str, pages: int, before: Title | None) -> Title:
         """With this version, in the place of what the name stood for."""
         old = [other for other in (before.versions if before is not None else ()) if other != version]
-        return replace(self, versions=(*old, version)[-MOST_VERSIONS:], pinned=before is not None and before.pinned)
+        pinned = before is not None and before.pinned
+        return replace(self, versions=(*old, version)[-MOST_VERSIONS:], pages=pages, pinned=pinned)
 
 
 class Library:

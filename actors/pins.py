@@ -24,7 +24,11 @@ class Pins:
 
     def too_much(self, name: str, version: Version, pages: int) -> Fault | None:
         """If this, pinned under this name, left too little room for others in so many pages."""
-        others = {digest: taken for other, (digest, taken, _) in self._places().items() if other != name and digest.hex() != version.digest}
+        places, others = self._places(), {}
+        for other, title in self._pinned().items():
+            digest, taken = (places[other][0].hex(), places[other][1]) if other in places else (title.version or other, title.pages)
+            if other != name and digest != version.digest:
+                others[digest] = taken
         most = most_pinned(pages)
         if sum(others.values()) + version.pages <= most:
             return None
@@ -39,7 +43,7 @@ class Pins:
     def send(self) -> None:
         """What is known, at once; to be called again when more is. What is not known yet stays on the device if it is there."""
         pinned, places = self._pinned(), self._places()
-        self._asked &= {self._key(title) for title in pinned.values()}
+        self._asked &= {self._key(title) for name, title in pinned.items() if name not in places}
         for name, title in pinned.items():
             if name not in places and (key := self._key(title)) not in self._asked:
                 self._asked.add(key)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.actors.errors import Refusal, too_many_pages
 from penstock.actors.shelf import Shelf
+from penstock.actors.sources.errors import SourceError
 from penstock.actors.sources.fetch import Limits, Settings, fetch, probe
 from penstock.actors.sources.source import Source
 from penstock.engine.lora.residency import largest_adapter
@@ -124,6 +125,8 @@ class Preparer:
         for wanted, digest in parts:
             loras.append(self._read(wanted)[0])
             _check_same(wanted, digest, loras[-1].digest, "and a merge is made of what is there")
+        if self.limits.stop.is_set():
+            raise SourceError("stopped", "the merge is not waited for any more")
         merged = merge(loras, recipe)
         if broken := broken_sites(merged, self.dtype):
             text = f"the merged weights are too large for {self.dtype}: {some(broken)}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from penstock.actors import finding
+from penstock.actors import finding, preparing
 from penstock.actors.actor import Peer
 from penstock.actors.adapters import AdaptersActor
 from penstock.actors.finding import Finder
@@ -23,6 +23,7 @@ from penstock.actors.preparing import Preparer, Version, Wanted
 from penstock.actors.sources.errors import SourceError
 from penstock.actors.sources.fetch import Limits, Settings
 from penstock.actors.sources.named import allowed_sources
+from penstock.actors.sources.source import Source
 from penstock.engine.lora.recipe import Wish
 
 PATIENCE_S = 10.0
@@ -297,7 +298,8 @@ def test_what_nobody_waits_for_is_not_begun(desk: Desk) -> None:
     desk.until(lambda: told[-1:] == [104])
 
 
-def test_what_has_begun_for_nobody_stops_and_makes_room(desk: Desk) -> None:
+def test_what_has_begun_for_nobody_stops_and_makes_room(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "GRACE_S", 0.0)
     told: list[tuple[int, bool]] = []
 
     def ready(_: Preparer) -> Version:
@@ -316,12 +318,128 @@ def test_what_has_begun_for_nobody_stops_and_makes_room(desk: Desk) -> None:
     ask("honest", ready, 100)
     for who in range(finding.FAR):
         desk.finder.leave(who)
+    desk.after()
     ask("slow 0", ready, 101)
     begun = time.monotonic()
     desk.until(lambda: not len(desk.finder))
     assert time.monotonic() - begun < PATIENCE_S / 2
     assert sorted(told) == [(100, True), (101, True)], "and what was stopped is no failure of its source"
     assert desk.finder.counts == {"prepared": 2, "failed": 0}
+
+
+def test_what_stops_stops_nothing_else_and_tells_nothing_new(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "GRACE_S", 0.0)
+    gate, told = threading.Event(), dict[int, str]()
+
+    def work(digest: str, waits: bool) -> Callable[[Preparer], Version]:
+        def prepare(preparer: Preparer) -> Version:
+            if waits:
+                gate.wait(PATIENCE_S)
+            if preparer.limits.stop.is_set() and digest != "old":
+                raise SourceError("stopped", "nobody waits for it")
+            return Version(digest, 1, 1, str(desk.sources.folder))
+
+        return prepare
+
+    def ask(name: str, who: int, digest: str, *, waits: bool, fresh: float | None = None) -> None:
+        then = lambda version, _: told.update({who: version and version.digest})  # noqa: E731
+        desk.finder.ask((name,), work(digest, waits), then, fresh, far=True, who=who)
+
+    ask("one", 1, "old", waits=True)
+    ask("other", 2, "other", waits=True)
+    desk.finder.leave(1)
+    desk.until(lambda: "one" not in {key[0] for key in desk.finder._tasks})
+    ask("one", 3, "new", waits=False)
+    desk.until(lambda: 3 in told)
+    gate.set()
+    desk.until(lambda: not len(desk.finder))
+    ask("one", 4, "none", waits=False)
+    assert told == {2: "other", 3: "new", 4: "new"}
+    desk.finder.leave(4)  # it was answered
+
+
+def test_who_asks_again_soon_finds_what_has_begun(desk: Desk) -> None:
+    gate = desk.sources.gates["/one"] = threading.Event()
+    desk.meet(Peer("gateway", 0, 1, "", True))
+    desk.find(1 << 32, "one")
+    desk.until(lambda: desk.sources.asked == ["/one"])
+    desk.meet(Peer("gateway", 0, 2, "", True))
+    desk.find(2 << 32, "one")
+    gate.set()
+    desk.until(lambda: not len(desk.finder))
+    assert desk.answered == [2 << 32]
+    assert desk.sources.asked == ["/one"]
+
+
+def test_who_came_first_is_served_first_and_what_cannot_be_opened_is_opened_again(tmp_path: Path) -> None:
+    opened, served, told = [RuntimeError("not yet"), Sources(tmp_path)], list[str](), list[bool]()
+
+    def open_next() -> Preparer:
+        found = opened.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    desk = Desk(tmp_path)
+    desk.finder = finding.Finder(open_next)
+
+    def ask(name: str) -> None:
+        def work(_: Preparer) -> Version:
+            served.append(name)
+            return Version("00" * 32, 1, 1, "/")
+
+        desk.finder.ask((name,), work, lambda version, _: told.append(version is not None), 0.0, far=False, merged=True)
+
+    ask("first")
+    desk.until(lambda: not len(desk.finder))
+    assert told == [False]
+    for number in range(3 * finding.MERGED):
+        ask(str(number))
+    desk.until(lambda: not len(desk.finder))
+    assert told == [False] + [True] * 3 * finding.MERGED
+    assert sorted(served[: finding.MERGED]) == [str(number) for number in range(finding.MERGED)]
+    assert sorted(served[-finding.MERGED :]) == [str(number) for number in range(2 * finding.MERGED, 3 * finding.MERGED)]
+
+
+def test_each_token_is_asked_for_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, probed = threading.Event(), list[str | None]()
+
+    def probe(source: Source, token: str | None, limits: Limits, settings: Settings) -> str:
+        probed.append(token)
+        gate.wait(PATIENCE_S)
+        if token != "good":
+            raise SourceError("not_allowed", f"{source.shown}: no")
+        return "1"
+
+    monkeypatch.setattr(preparing, "probe", probe)
+    desk = Desk(tmp_path, {"mine": Title("org/name@main")})
+    for job, token in ((1, "good"), (2, "bad"), (3, "good")):
+        desk._find(Find(job, Wish(("mine",)).to_wire(), token, None))
+    gate.set()
+    desk.until(lambda: not len(desk.finder))
+    desk._find(Find(4, Wish(("mine",)).to_wire(), "good", None))  # after another's failure
+    desk.until(lambda: not len(desk.finder))
+    found = {message.job: message.error is None for message in desk.sent if isinstance(message, Found)}
+    assert found == {1: True, 2: False, 3: True, 4: True}
+    assert sorted(filter(None, probed)) == ["bad", "good", "good"]
+
+
+def test_pins_that_are_not_known_any_more_count_and_are_asked_for_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.sources.pages |= {"/one": 20, "/two": 20}
+    for job, name in enumerate(("one", "two")):
+        desk.order(2 * job, "load", name, f"/{name}")
+        assert desk.answer(2 * job) is None
+    desk.order(9, "pin", "one")
+    assert desk.answer(9) is None
+    desk.finder._versions.clear()
+    gate = desk.sources.gates["/one"] = threading.Event()
+    desk.order(10, "pin", "two")
+    error = desk.answer(10)
+    assert error is not None
+    assert "20 pages are pinned" in error["message"]
+    gate.set()
+    desk.order(11, "unpin", "two")
+    desk.until(lambda: desk.pinned[-1] == 1)
 
 
 def test_what_is_left_or_done_is_not_kept(desk: Desk) -> None:
