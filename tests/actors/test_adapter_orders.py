@@ -355,7 +355,31 @@ def test_what_stops_stops_nothing_else_and_tells_nothing_new(desk: Desk, monkeyp
     desk.until(lambda: not len(desk.finder))
     ask("one", 4, "none", waits=False)
     assert told == {2: "other", 3: "new", 4: "new"}
-    desk.finder.leave(4)  # it was answered
+    desk.finder.leave(3)  # it was answered
+
+
+def test_who_leaves_stops_what_it_asked_for_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "GRACE_S", 0.0)
+    gate, begun, told = threading.Event(), list[int](), dict[int, bool]()
+
+    def ask(who: int) -> None:
+        def work(preparer: Preparer) -> Version:
+            begun.append(who)
+            gate.wait(PATIENCE_S)
+            if preparer.limits.stop.is_set():
+                raise SourceError("stopped", "nobody waits for it")
+            return Version("00" * 32, 1, 1, "/")
+
+        desk.finder.ask((str(who),), work, lambda version, _: told.update({who: version is not None}), None, far=True, who=who)
+        desk.until(lambda: who in begun)
+
+    ask(1)
+    ask(2)
+    desk.finder.leave(2)
+    desk.after()
+    gate.set()
+    desk.until(lambda: not len(desk.finder))
+    assert told == {1: True}
 
 
 def test_who_asks_again_soon_finds_what_has_begun(desk: Desk) -> None:
@@ -438,8 +462,10 @@ def test_pins_that_are_not_known_any_more_count_and_are_asked_for_again(desk: De
     assert error is not None
     assert "20 pages are pinned" in error["message"]
     gate.set()
-    desk.order(11, "unpin", "two")
-    desk.until(lambda: desk.pinned[-1] == 1)
+    for job in (11, 12):
+        desk.order(job, "unpin", "two")
+        desk.until(lambda: desk.pinned[-1] == 1)
+        desk.finder._versions.clear()
 
 
 def test_what_is_left_or_done_is_not_kept(desk: Desk) -> None:
