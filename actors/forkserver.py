@@ -33,7 +33,8 @@ MOST_BYTES = 1 << 16  # of one request
 HEAVY = ("penstock.engine.model.build", "penstock.engine.memory", "penstock.engine.runner")  # torch, and all that runs a model
 # What tokenizers need: those of the start import it by themselves, meanwhile.
 LATER, IDLE_S = "transformers.tokenization_utils_tokenizers", 1.0
-# transformers imports these wherever they are installed, for pictures and figures that nobody asks for here, and takes twice as long.
+# Versions of transformers import these where they are installed, for pictures and figures that nobody asks for here: it takes twice as
+# long, then.
 NEEDLESS = ("torchvision", "sklearn")
 
 

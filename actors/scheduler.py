@@ -23,9 +23,9 @@ from penstock.engine.request import Adapter, Request
 from penstock.engine.scheduler import Commit, Ended, Scheduler, SchedulerConfig
 
 Handles = TypeVar("Handles", int, npt.NDArray[np.int64])
-SHORT_S = 0.006  # of a step, from when it was launched until its results are back
+SHORT_S = 0.003  # a step
 HOST_SAMPLES = 1024  # steps that the host time's percentiles are over
-AHEAD = 32  # messages that may be on their way to the journal: beyond that the CPU is the bottleneck, and queues would only grow
+UNJOURNALED = 32  # messages that may be on their way to the journal: beyond that the CPU is the bottleneck, and queues would only grow
 
 
 class SchedulerActor(Actor):
@@ -170,11 +170,12 @@ class SchedulerActor(Actor):
     def _commit(self, message: StepDone) -> None:
         if self.scheduler is None or not self._is_ours(message):
             return
-        begun = time.thread_time()
+        begun, flying = time.thread_time(), max(1, self.scheduler.in_flight)
         self.commits.append(self.scheduler.commit(result_from_done(message), time.monotonic()))
         self.spent += time.thread_time() - begun
         self.step_seconds += message.seconds
-        self.ahead = plans_ahead(self.config.lookahead, message.seconds, beside=self.beside)
+        # From its launch until its results were back: the steps before it took their share of that.
+        self.ahead = plans_ahead(self.config.lookahead, message.seconds / flying, beside=self.beside)
         self._launch()  # before the results are told: the executor must not wait for that
         self.host_seconds.append(self.spent)
         self.spent = 0.0
@@ -197,7 +198,7 @@ class SchedulerActor(Actor):
 
     def _launch(self) -> None:
         scheduler = self.scheduler
-        if max(emitted - journaled for emitted, journaled in zip(self.emitted, self.journaled, strict=True)) > AHEAD:
+        if max(emitted - journaled for emitted, journaled in zip(self.emitted, self.journaled, strict=True)) > UNJOURNALED:
             return
         while scheduler is not None and scheduler.in_flight <= self.ahead:
             begun = time.thread_time()
@@ -271,7 +272,7 @@ class SchedulerActor(Actor):
 
 
 def plans_ahead(asked: int | None, seconds: float, *, beside: bool) -> int:
-    """How many plans to send before the results of earlier ones are back, where the last step took so long. `beside`: steps run while the
+    """How many plans to send before the results of earlier ones are back, where a step takes so long. `beside`: steps run while the
     host launches the next one. With one, a device then waits wherever a round of messages takes longer than a step does; with more,
     requests that arrive wait for more steps."""
     if asked is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -143,7 +144,7 @@ class StepGraphs:
             likely(self.rows, self.tokens, (None, *self._mixes), self._longest),
             *(beginnings(self.rows, self.tokens, mix) for mix in self._possible),  # or the first of a kind would hold everybody up
         )  # fmt: skip
-        missing = [size for size in sizes if size not in self._graphs]
+        missing = [size for size in dict.fromkeys(sizes) if size not in self._graphs]
         for size in missing[:1]:
             self._capture(size)
         return len(missing) > 1
@@ -216,7 +217,7 @@ class StepGraphs:
             if size.prompt:
                 self._longest = None  # long prompts can do without
                 raise CannotRecord(f"{size} cannot be recorded: {error}", lasting=False) from error
-            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):  # the driver's own has another type
+            if for_want_of_memory(error):
                 self._unfit.add(size)
                 raise CannotRecord(f"no memory to record {size}: {error}", lasting=False) from error
             raise CannotRecord(f"{size} cannot be recorded: {type(error).__name__}: {error}", lasting=True) from error
@@ -233,11 +234,14 @@ class CudaRecord:
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """What launches it, and where its output lies then. Raises what the step does, and `RuntimeError`."""
         try:
             return self._record(step)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()  # of what steps left that were not recorded: a graph has memory of its own, and cannot ask for theirs
-            return self._record(step)
+        except RuntimeError as error:
+            if not for_want_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # of what steps left that were not recorded: a graph has memory of its own, and cannot ask for theirs
+        return self._record(step)
 
     def _record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
@@ -246,9 +250,16 @@ class CudaRecord:
             graph.capture_begin(pool=self._memory, capture_error_mode="relaxed")
             try:
                 out = step()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what the step says is what was wrong
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay, out
+
+
+def for_want_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)  # the driver's own has another type
 
 
 def words_of(columns: Mapping[str, tuple[int, int, int]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,8 +38,8 @@ def samples_of(samples: int, tokens: int, slots: int) -> int:
 
 
 def likely(rows: Sequence[int], tokens: Sequence[int], mixes: Iterable[Mix | None], longest: int | None) -> Iterator[Size]:
-    """The sizes that steps are likely to need, the largest first: graphs share one memory, and what one leaves is used by another only if
-    that needs no more. `longest`: so many tokens or more may be a prompt by itself; None: none is."""
+    """The sizes that steps are likely to need, for each mix the largest first: graphs share one memory, and what one leaves is used by
+    another only if that needs no more. `longest`: so many tokens or more may be a prompt by itself; None: none is."""
     slots = rows[-1]
     for mix in mixes:
         decodes = [Size(count, count, chunks=False, plain=True, mix=mix) for count in reversed(rows)]
@@ -47,16 +48,17 @@ def likely(rows: Sequence[int], tokens: Sequence[int], mixes: Iterable[Mix | Non
             for samples in (slots, 1)
             for count in reversed(tokens)
         ]
-        yield from dict.fromkeys((mixed[0], *decodes, *mixed[1:]))
-        if longest is not None:
-            yield from (replace(size, prompt=True) for size in mixed[len(tokens) :] if size.tokens >= longest)
+        prompts = [replace(size, prompt=True) for size in mixed[len(tokens) :] if longest is not None and size.tokens >= longest]
+        yield from dict.fromkeys((mixed[0], *decodes, *mixed[1:], *prompts))
 
 
 def beginnings(rows: Sequence[int], tokens: Sequence[int], mix: Mix) -> Iterator[Size]:
-    """Sizes whose graphs have all kernels that those of a mix have: once they are captured, others need nothing compiled."""
+    """Sizes whose graphs have, between them, all kernels that those of a mix have: once they are captured, others need nothing compiled.
+    Products of up to 8, 16 and 32 rows have kernels of their own (`engine.kernels.few_rows`)."""
     slots = rows[-1]
     yield Size(tokens[-1], samples_of(slots, tokens[-1], slots), chunks=True, plain=True, mix=mix)
-    yield from (Size(count, count, chunks=False, plain=True, mix=mix) for count in dict.fromkeys((slots, rows[0])))
+    few = [rows[bisect_right(rows, most) - 1] for most in (32, 16, 8)]
+    yield from (Size(count, count, chunks=False, plain=True, mix=mix) for count in dict.fromkeys((slots, *few)))
 
 
 def coarse(most: int) -> list[int]:

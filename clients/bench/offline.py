@@ -16,10 +16,11 @@ from penstock.clients.bench.measure import Run, run_item, run_poisson, run_workl
 from penstock.clients.bench.profile import begin_after, read_profile
 from penstock.clients.bench.shapes import SHAPES, write_model
 from penstock.clients.bench.workloads import Item, Workload, decode, find
-from penstock.clients.errors import InvalidRequest
+from penstock.clients.errors import EngineFault, InvalidRequest
 from penstock.clients.launcher import alaunch
 
-PREPARING_S = 300.0  # for which an executor may prepare at most, while nobody asks it for anything
+SETTLED_S = 2.2  # after which reports have all that has ended: actors report once a second
+MOST_REPORTS = 150  # until an executor must have nothing left to prepare, while nobody asks it for anything
 
 
 @asynccontextmanager
@@ -107,16 +108,18 @@ async def online(
 
 async def prepared(client: AsyncClient) -> dict[str, Any]:
     """The report, once the executor has nothing left to prepare: on a GPU it captures graphs while it rests, for some seconds after the
-    start. Raises `TimeoutError`."""
-    async with asyncio.timeout(PREPARING_S):
-        while (status := await settled(client))["executor"].get("preparing"):
-            pass
-    return status
+    start. Raises `EngineFault`."""
+    for _ in range(MOST_REPORTS):
+        status = await settled(client)
+        if not status["executor"].get("preparing"):
+            return status
+    text = f"the executor still prepares after {MOST_REPORTS} reports, {SETTLED_S:g} s apart: it does not rest, or starts again and again"
+    raise EngineFault(text)
 
 
 async def settled(client: AsyncClient) -> dict[str, Any]:
-    """The report, once its sums are those of all that has ended: actors report them once a second."""
-    await asyncio.sleep(2.2)
+    """The report, once its sums are those of all that has ended."""
+    await asyncio.sleep(SETTLED_S)
     return await client.status()
 
 

@@ -36,6 +36,9 @@ def test_likely_sizes_are_each_there_once_with_the_largest_first() -> None:
     assert sizes[0].samples == 64
     for one in (None, mix):
         mine = [size for size in sizes if size.mix == one]
+        assert mine[0].tokens == 8192
+        decodes = [size.tokens for size in mine if not size.chunks]
+        assert decodes == sorted(decodes, reverse=True)
         assert {size.tokens for size in mine if not size.chunks} == set(rows)
         for samples in (16, 64):
             assert {size.tokens for size in mine if size.chunks and not size.prompt and size.samples == samples} >= {
@@ -49,4 +52,4 @@ def test_the_beginnings_of_a_mix_are_few_and_among_its_likely_sizes() -> None:
     rows, tokens, mix = close(64), coarse(512), Mix(64, 4)
     first = list(beginnings(rows, tokens, mix))
     assert set(first) <= set(likely(rows, tokens, (mix,), None))
-    assert {(size.chunks, size.tokens) for size in first} == {(True, 512), (False, 64), (False, 1)}
+    assert {(size.chunks, size.tokens) for size in first} == {(True, 512), (False, 64), (False, 32), (False, 16), (False, 8)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -141,6 +142,21 @@ def test_a_long_prompt_by_itself_attends_as_one_if_that_was_prepared(prompts: li
 
 
 @here
+def test_what_goes_on_in_a_second_chunk_is_no_prompt_by_itself(prompts: list[int]) -> None:
+    got = []
+    for budget in (32, 16):
+        runner = Runner(build(make("llama").to(DEVICE)), RunnerConfig(slots=2, blocks=4, columns=3, attention="triton", graphs=0))
+        runner.graphs = sized(runner)
+        while runner.prepare():
+            pass
+        prompts.clear()
+        config = SchedulerConfig(slots=2, blocks=4, token_budget=budget, max_model_len=48)
+        got.append([outcome.ids for outcome in run(runner, config, [[request(0, list(range(1, 29)), 4)]]).values()])
+        assert prompts == [budget] * len(runner.model.layers), "once in each layer"
+    assert got[0] == got[1]
+
+
+@here
 def test_where_long_prompts_cannot_be_recorded_all_else_is(prompts: list[int]) -> None:
     runner = Runner(build(make("llama").to(DEVICE)), RunnerConfig(slots=2, blocks=4, columns=2, attention="triton", graphs=0))
     runner.graphs = graphs = sized(runner)
@@ -192,9 +208,12 @@ def test_a_size_that_memory_has_no_room_for_is_run_step_by_step_and_the_others_s
     runner.graphs = graphs = sized(runner)
     record = graphs.record
 
+    tried = []
+
     def small(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
         replay, out = record(step)
         if len(out) == 2:
+            tried.append(out)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return replay, out
 
@@ -203,6 +222,49 @@ def test_a_size_that_memory_has_no_room_for_is_run_step_by_step_and_the_others_s
     run(runner, SchedulerConfig(slots=3, blocks=8, token_budget=16, max_model_len=32), [requests])
     assert runner.graphs is graphs
     assert {size.tokens for size in graphs._graphs if not size.chunks} == {1, 3}
+    assert len(tried) == len(graphs._unfit), "each was tried once"
+    assert not runner.prepare(), "where one did not fit, no others are prepared"
+
+
+@here
+@pytest.mark.parametrize("where", ["step", "end"])
+@pytest.mark.parametrize("unjoined", [False, True])
+def test_for_want_of_memory_a_step_is_recorded_again_with_all_that_can_be_had(
+    where: str, unjoined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from penstock.engine import graphs
+
+    held, freed, ended = list[weakref.ref[torch.Tensor]](), list[bool](), list[int]()
+
+    class Graph:
+        """In the place of CUDA's."""
+
+        def capture_begin(self, **_: object) -> None: ...
+        def capture_end(self) -> None:
+            ended.append(len(held))
+            if len(held) == 1 and where == "end":
+                raise RuntimeError("CUDA error: out of memory")
+            if len(held) == 1 and unjoined:
+                raise RuntimeError("CUDA error: capturing stream has unjoined work")
+
+        def replay(self) -> None: ...
+
+    def step() -> torch.Tensor:
+        activation = torch.zeros(9)
+        held.append(weakref.ref(activation))
+        if len(held) == 1 and where == "step":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return activation
+
+    for name, fake in (
+        ("graph_pool_handle", lambda: (0, 1)), ("Stream", lambda *_, **__: None), ("stream", lambda _: nullcontext()), ("CUDAGraph", Graph),
+        ("empty_cache", lambda: freed.append(held[0]() is None)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    _, out = graphs.CudaRecord(torch.device("cpu"))(step)
+    assert held[1]() is out
+    assert freed == [True]
+    assert ended == [1, 2]
 
 
 @here
