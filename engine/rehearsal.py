@@ -19,6 +19,10 @@ def warm_up(runner: Runner) -> float:
     kernels and allocated buffers. Returns the seconds that the prefill took for each token. Raises `RuntimeError` if a step fails."""
     # A CPU compiles nothing for a shape, and a full batch would take it seconds, each time that an executor starts.
     rows = min(runner.config.slots, runner.config.blocks, 2 if runner.device.type == "cpu" else runner.config.slots)
+    if (graphs := runner.graphs) is not None:
+        runner.graphs = None  # to record a step does not run it: what a library or a model makes when it is first used must be there before
+        _rehearse(runner, 1, 1, Sampler())
+        runner.graphs = graphs
     begun = time.perf_counter()
     _rehearse(runner, rows, runner.config.block_size, Sampler())
     seconds = time.perf_counter() - begun

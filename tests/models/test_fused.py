@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import torch
 from penstock.engine.attention.base import KVPool, StepRows
 from penstock.engine.model.decoder import read_decoder
 from penstock.engine.model.native import NativeModel
+from penstock.engine.rehearsal import warm_up
 from penstock.engine.request import Sampler
 from penstock.engine.runner import Runner, RunnerConfig
 from penstock.engine.scheduler import SchedulerConfig
@@ -177,6 +178,32 @@ def test_where_long_prompts_cannot_be_recorded_all_else_is(prompts: list[int]) -
     assert {size.tokens for size in graphs._graphs if size.chunks} == set(graphs.tokens)
     run(runner, SchedulerConfig(slots=2, blocks=4, token_budget=24, max_model_len=32), [[request(0, list(range(1, 20)), 2)]])
     assert not any(size.prompt for size in graphs._graphs)
+
+
+@here
+def test_a_step_is_run_before_any_is_recorded() -> None:
+    model = build(make("llama").to(DEVICE))
+    runner = Runner(model, RunnerConfig(slots=2, blocks=4, columns=2, attention="triton", graphs=0))
+    runner.graphs = graphs = sized(runner)
+    record, forward, run_before = graphs.record, model.forward, list[bool]()
+    recording = [False]
+
+    def watched(*given: Any, **more: Any) -> torch.Tensor:
+        run_before.append(not recording[0])
+        return forward(*given, **more)
+
+    def recorded(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        recording[0] = True
+        try:
+            return record(step)
+        finally:
+            recording[0] = False
+
+    model.forward, graphs.record = watched, recorded  # type: ignore[method-assign]
+    warm_up(runner)
+    assert run_before[0]
+    assert not all(run_before)
+    assert runner.graphs is graphs
 
 
 @here
