@@ -16,11 +16,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def read_config(spec: ModelSpec) -> PreTrainedConfig:
     """As transformers understands it. Raises `ModelError` (unsupported_model)."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError("unsupported_model", f"{spec.model_type}: this version of transformers cannot read its config: {error}") from error
     return config
 

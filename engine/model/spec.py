@@ -222,11 +222,12 @@ def _integer(folder: Path, config: Mapping[str, Any], names: tuple[str, ...]) ->
 
 def _family_default(folder: Path, names: tuple[str, ...]) -> object:
     """Values that a config.json leaves to its family: only then is the family's config class imported."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError("broken_config", f"{folder / 'config.json'}: {error}") from error
     return next((value for name in names if (value := getattr(config.get_text_config(), name, None)) is not None), None)
 

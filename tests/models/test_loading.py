@@ -143,6 +143,14 @@ def test_impossible_sizes_are_refused(tmp_path: Path, values: dict[str, Any]) ->
     refused(tmp_path, "broken_config", next(iter(values)))
 
 
+@pytest.mark.parametrize(
+    "values", [{"hidden_size": "x"}, {"hidden_size": [1]}, {"num_attention_heads": 0}, {"rope_parameters": {"rope_type": "llama3"}}]
+)
+def test_what_transformers_cannot_read_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY, **values}))
+    refused(tmp_path, "unsupported_model", "cannot read its config", weights="random")
+
+
 def test_missing_and_broken_weights_are_refused(tmp_path: Path) -> None:
     save(tmp_path)
     weights = tmp_path / "model.safetensors"
