@@ -133,7 +133,7 @@ class AdaptersActor(Actor):
             if message.token is None:
                 self._ask_for(wish.names[0], title, answer, message.job)
             else:
-                key, version = (*part.key, title.version or ""), title.version  # each token by itself
+                key, version = _key_of(title, part), title.version  # each token by itself
                 known = self.finder.known(key)
                 self.finder.ask(key, lambda preparer: preparer.again_for(part, version, known), answer, 0.0, far=part.far, who=message.job)
 
@@ -159,12 +159,12 @@ class AdaptersActor(Actor):
 
     def _key(self, title: Title) -> Key:
         """Of what was at it when it was given a name."""
-        return (*self._of_title(title).key, title.version or "")
+        return _key_of(title, self._of_title(title))
 
     def _ask_for(self, name: str, title: Title, then: Then, who: int | None = None) -> None:
         """A name stands for what was loaded under it, or, if that was never done, for what its source has now."""
         part = self._of_title(title)
-        key = self._key(title)
+        key = _key_of(title, part)
         new = self.finder.known(key) is None
 
         def keep(version: Version | None, fault: Fault | None) -> None:
@@ -200,15 +200,16 @@ class AdaptersActor(Actor):
                     self._load(message)
                 case "pin":
                     self._pin(message)
-                case "list" | "unload" | "unpin":
+                case "list":
+                    self._tell(message, None)
+                case "unload" | "unpin":
+                    title = self._title(message.name)
                     if message.order == "unload":
-                        self._title(message.name)
                         self.ordered.pop(message.name, None)
                         self._put(message.name, None)
-                    elif message.order == "unpin":
-                        self._put(message.name, replace(self._title(message.name), pinned=False))
-                    if message.order != "list":
-                        self.pins.send()
+                    else:
+                        self._put(message.name, replace(title, pinned=False))
+                    self.pins.send()
                     self._tell(message, None)
                 case _:
                     raise bad("order", message.order, "load, unload, pin, unpin or list")
@@ -278,14 +279,20 @@ class AdaptersActor(Actor):
 
     def _row(self, name: str, title: Title) -> dict[str, Any]:
         part = self._of_title(title)
-        state, error = self.finder.state(self._key(title))
+        key = _key_of(title, part)
+        state, error = self.finder.state(key)
         row = {"name": name, "source": part.source.shown, "state": state, "pinned": title.pinned}
-        if (version := self.finder.known(self._key(title))) is not None:
+        if (version := self.finder.known(key)) is not None:
             row |= {"digest": version.digest, "rank": version.rank, "pages": version.pages}
         return row | ({"error": error} if error else {})
 
     def load(self) -> dict[str, Any]:
         return {"known": len(self.library.titles), "under_way": len(self.finder), "found": self.found, **self.finder.counts}
+
+
+def _key_of(title: Title, part: Wanted) -> Key:
+    """`part` is the title's source, with the token of whoever asks."""
+    return (*part.key, title.version or "")
 
 
 def _unknown(name: str, library: Library) -> Refusal:
