@@ -98,7 +98,7 @@ def preload(model: str, decoder: str) -> dict[str, Any] | None:
     """Import what runs a model. Returns its config, if the native decoder can do with that. The model itself is opened by the executor
     alone, and errors in it are its to report."""
     with suppress(Exception):  # whatever it is, torch that is not installed for one, the executor meets it too, and says so
-        from penstock.engine.model.spec import NATIVE, read_spec
+        from penstock.engine.model.spec import NATIVE, read_family, read_spec
         from penstock.engine.open import model_folder
 
         spec = read_spec(model_folder(model), weights="random")
@@ -108,9 +108,7 @@ def preload(model: str, decoder: str) -> dict[str, Any] | None:
             importlib.import_module(name)
         if reading is not None and (values := end_reading(*reading)) is not None:
             return values  # it needs nothing of transformers
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
+        config = read_family(spec.folder, "unsupported_model", spec.model_type)
         if native:
             return None  # it needs nothing of the family's own code
         from transformers import AutoModelForCausalLM

@@ -170,12 +170,12 @@ class SchedulerActor(Actor):
     def _commit(self, message: StepDone) -> None:
         if self.scheduler is None or not self._is_ours(message):
             return
-        begun, flying = time.thread_time(), max(1, self.scheduler.in_flight)
+        begun, launched = time.thread_time(), max(1, self.scheduler.in_flight)
         self.commits.append(self.scheduler.commit(result_from_done(message), time.monotonic()))
         self.spent += time.thread_time() - begun
         self.step_seconds += message.seconds
         # From its launch until its results were back: the steps before it took their share of that.
-        self.ahead = plans_ahead(self.config.lookahead, message.seconds / flying, beside=self.beside)
+        self.ahead = plans_ahead(self.config.lookahead, message.seconds / launched, beside=self.beside)
         self._launch()  # before the results are told: the executor must not wait for that
         self.host_seconds.append(self.spent)
         self.spent = 0.0

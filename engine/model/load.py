@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from penstock.engine.model.spec import ModelError, ModelSpec, weight_files
+from penstock.engine.model.spec import ModelError, ModelSpec, read_family, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,14 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def read_config(spec: ModelSpec) -> PreTrainedConfig:
     """As transformers understands it. Raises `ModelError` (unsupported_model)."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        raise ModelError("unsupported_model", f"{spec.model_type}: this version of transformers cannot read its config: {error}") from error
-    return config
+    what = f"{spec.model_type}: this version of transformers cannot read its config"
+    return cast("PreTrainedConfig", read_family(spec.folder, "unsupported_model", what))
 
 
 def load_model(spec: ModelSpec, device: torch.device) -> PreTrainedModel:

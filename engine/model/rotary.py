@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from penstock.engine.model.values import ROTARIES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PLAIN = "default"
-KINDS = (PLAIN, "linear", "llama3", "yarn", "longrope", "dynamic")  # those whose frequencies do not depend on the rest of the batch,
+KINDS = (*ROTARIES, "yarn", "longrope", "dynamic")  # those whose frequencies do not depend on the rest of the batch,
 # given that `engine.model.spec` limits the length of the last two to where they do not
 
 
@@ -53,7 +55,7 @@ def read_rotary(config: PreTrainedConfig, layer_type: str | None, device: torch.
     kind, share = given.get("rope_type", PLAIN), given.get("partial_rotary_factor") or 1.0
     if kind not in KINDS or (share != 1.0 and config.model_type != "phi3"):  # the others of our families ignore it in their plain form only
         return None
-    if kind not in (PLAIN, "linear", "llama3"):
+    if kind not in ROTARIES:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, device, **({"layer_type": layer_type} if nested else {}))

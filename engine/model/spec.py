@@ -123,6 +123,18 @@ def read_spec(
     )
 
 
+def read_family(folder: Path, code: str, what: str) -> Any:
+    """What transformers makes of config.json, with the family's defaults. Imports transformers. Raises `ModelError` with this code, which
+    begins with `what`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise ModelError(code, f"{what}: {error}") from error
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a folder, sorted. Raises `ModelError` if there are none or if one that the index names is missing."""
     index = folder / "model.safetensors.index.json"
@@ -222,13 +234,7 @@ def _integer(folder: Path, config: Mapping[str, Any], names: tuple[str, ...]) ->
 
 def _family_default(folder: Path, names: tuple[str, ...]) -> object:
     """Values that a config.json leaves to its family: only then is the family's config class imported."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        raise ModelError("broken_config", f"{folder / 'config.json'}: {error}") from error
+    config = read_family(folder, "broken_config", str(folder / "config.json"))
     return next((value for name in names if (value := getattr(config.get_text_config(), name, None)) is not None), None)
 
 

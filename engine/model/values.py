@@ -8,19 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.model.spec import NATIVE
+from penstock.engine.model.spec import NATIVE, read_family
 
-ROTARIES = ("default", "linear", "llama3")  # that need nothing of transformers' own code
+ROTARIES = ("default", "linear", "llama3")  # whose frequencies need nothing of transformers' own code
 DIGEST = "digest of config.json"
 
 
 def read_values(folder: Path) -> dict[str, Any] | None:
     """What transformers makes of config.json, with the family's defaults, under all names that it goes by; None if the native decoder needs
-    more than that. Imports transformers. Raises what that raises, above all `ValueError` and `OSError`."""
-    from transformers import AutoConfig
-
+    more than that. Imports transformers. Raises `ModelError` (broken_config), and `OSError`."""
     digest = digest_of(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = read_family(folder, "broken_config", str(folder / "config.json"))
     values = config.to_dict() | {alias: getattr(config, alias) for alias in config.attribute_map}
     rope = values.get("rope_parameters") or {}
     kinds = {entry.get("rope_type", "default") for entry in (rope, *rope.values()) if isinstance(entry, Mapping)}
