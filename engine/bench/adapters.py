@@ -86,7 +86,7 @@ def _few(
         return []
     from penstock.engine.kernels.few_rows import is_few, multiply_few  # Triton comes with CUDA builds of torch only
 
-    if not is_few(len(x), max(inner for inner, _ in products(subject).values())):
+    if not is_few(len(x), max(inner for inner, _ in products(subject).values()), subject.device):
         return []
     triton = backend
 

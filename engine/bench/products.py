@@ -35,7 +35,7 @@ def time_few(subject: Subject, rows: int) -> Iterator[Case]:
         return
     from penstock.engine.kernels.few_rows import is_few, multiply_few  # Triton comes with CUDA builds of torch only
 
-    if not is_few(rows, max(inner for inner, _ in products(subject).values())):
+    if not is_few(rows, max(inner for inner, _ in products(subject).values()), subject.device):
         return
     norm, activation = Norm(subject.draw(subject.hidden), subject.decoder.epsilon), subject.decoder.activation
     for name, (inner, outer) in products(subject).items():

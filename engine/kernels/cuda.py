@@ -17,7 +17,9 @@ import torch
 
 from penstock.engine.kernels.cache import cache_folder, made_apart
 
-EARLY = 6  # the driver's number for programmatic dependent launch, see `engine.kernels.overlap`
+# The driver's numbers: for programmatic dependent launch, see `engine.kernels.overlap`; and of a function, how much shared memory it may be
+# given at its launch, and how much of a multiprocessor's is to be there, in percent.
+EARLY, MOST_SHARED, SHARED_SHARE = 6, 8, 9
 
 
 class CudaError(RuntimeError):
@@ -36,13 +38,17 @@ class _Launch(ctypes.Structure):
 
 
 class CudaKernel:
-    """A compiled function on one device. `kinds` are the ctypes of its arguments; what they point to is trusted."""
+    """A compiled function on one device. `kinds` are the ctypes of its arguments; what they point to is trusted. `shared`: bytes of shared
+    memory that a block is given beside what the function itself has."""
 
-    def __init__(self, image: bytes, name: str, kinds: Iterable[Any], *, early: bool) -> None:
-        self.kinds, self.driver = tuple(kinds), _driver()
+    def __init__(self, image: bytes, name: str, kinds: Iterable[Any], *, early: bool, shared: int = 0) -> None:
+        self.kinds, self.driver, self.shared = tuple(kinds), driver(), shared
         self.module, self.function = c_void_p(), c_void_p()
-        self._check(self.driver.cuModuleLoadData(byref(self.module), image))
-        self._check(self.driver.cuModuleGetFunction(byref(self.function), self.module, name.encode()))
+        check(self.driver.cuModuleLoadData(byref(self.module), image))
+        check(self.driver.cuModuleGetFunction(byref(self.function), self.module, name.encode()))
+        if shared:
+            for attribute, value in ((MOST_SHARED, shared), (SHARED_SHARE, 100)):
+                check(self.driver.cuFuncSetAttribute(self.function, attribute, value))
         self.attributes, self.count = (_Attribute * 1)(_Attribute(EARLY, 0, 1)), int(early)
 
     def launch(self, blocks: int, threads: int, *arguments: Any) -> None:
@@ -50,19 +56,15 @@ class CudaKernel:
         values = [kind(argument) for kind, argument in zip(self.kinds, arguments, strict=True)]
         addresses = (c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream().cuda_stream
-        launch = _Launch((c_uint * 3)(blocks, 1, 1), (c_uint * 3)(threads, 1, 1), 0, stream, self.attributes, self.count)
-        self._check(self.driver.cuLaunchKernelEx(byref(launch), self.function, addresses, None))
-
-    def _check(self, code: int) -> None:
-        if code:
-            text = c_char_p()
-            self.driver.cuGetErrorString(code, byref(text))
-            raise CudaError((text.value or b"").decode() or f"CUDA error {code}")
+        launch = _Launch((c_uint * 3)(blocks, 1, 1), (c_uint * 3)(threads, 1, 1), self.shared, stream, self.attributes, self.count)
+        check(self.driver.cuLaunchKernelEx(byref(launch), self.function, addresses, None))
 
 
-def load_kernel(source: Path, name: str, kinds: Iterable[Any], defines: Mapping[str, int], device: torch.device) -> CudaKernel:
+def load_kernel(
+    source: Path, name: str, kinds: Iterable[Any], defines: Mapping[str, int], device: torch.device, shared: int = 0
+) -> CudaKernel:
     """The function `name` of a file, compiled with these `defines` for `device`, now if it never was; it may include what is beside it.
-    Raises `CudaError`; `OSError` without NVRTC or a driver."""
+    See `CudaKernel` for `shared`. Raises `CudaError`; `OSError` without NVRTC or a driver."""
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
     text, included = source.read_bytes(), [path.read_bytes() for path in sorted(source.parent.glob("*.cuh"))]
@@ -72,16 +74,16 @@ def load_kernel(source: Path, name: str, kinds: Iterable[Any], defines: Mapping[
     with torch.cuda.device(device):
         # No folder, none of our own, or a file that a machine which lost power left damaged: then it is compiled again.
         with suppress(OSError, CudaError):
-            return CudaKernel((cache_folder() / file).read_bytes(), name, kinds, early=major >= 9)
+            return CudaKernel((cache_folder() / file).read_bytes(), name, kinds, early=major >= 9, shared=shared)
         image = _compile(library, text, source.name, [*options, f"--include-path={source.parent}"])
         with suppress(OSError), made_apart(cache_folder() / file) as made:
             made.write_bytes(image)
-        return CudaKernel(image, name, kinds, early=major >= 9)
+        return CudaKernel(image, name, kinds, early=major >= 9, shared=shared)
 
 
 def _compile(library: ctypes.CDLL, source: bytes, file: str, options: list[str]) -> bytes:
     program = c_void_p()
-    _check(library, library.nvrtcCreateProgram(byref(program), source, file.encode(), 0, None, None))
+    _check_nvrtc(library, library.nvrtcCreateProgram(byref(program), source, file.encode(), 0, None, None))
     try:
         given = (c_char_p * len(options))(*(option.encode() for option in options))
         if library.nvrtcCompileProgram(program, len(options), given):
@@ -99,14 +101,23 @@ def _text(size_of: Any, get: Any, program: c_void_p) -> bytes:
     return text.raw
 
 
-def _check(library: ctypes.CDLL, code: int) -> None:
+def _check_nvrtc(library: ctypes.CDLL, code: int) -> None:
     if code:
         library.nvrtcGetErrorString.restype = c_char_p
         raise CudaError(library.nvrtcGetErrorString(code).decode())
 
 
+def check(code: int) -> None:
+    """Raises `CudaError` if the driver says that something went wrong."""
+    if code:
+        text = c_char_p()
+        driver().cuGetErrorString(code, byref(text))
+        raise CudaError((text.value or b"").decode() or f"CUDA error {code}")
+
+
 @cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """Raises `OSError` where there is none."""
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -122,6 +133,6 @@ def _nvrtc() -> tuple[ctypes.CDLL, tuple[int, int]]:
         except OSError:
             continue
         major, minor = c_int(), c_int()
-        _check(library, library.nvrtcVersion(byref(major), byref(minor)))
+        _check_nvrtc(library, library.nvrtcVersion(byref(major), byref(minor)))
         return library, (major.value, minor.value)
     raise OSError("libnvrtc, which comes with torch, was not found")

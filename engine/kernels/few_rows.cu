@@ -24,45 +24,12 @@
 // (of activation; below 0: no gate), BIAS, ADD, ADAPTED (then there is no gate).
 
 #include "warp.cuh"
+#include "few_rows.cuh"
 
 constexpr int DEPTH = 4 / GROUPS;  // chunks of 32 of the inner dimension that are on their way
 constexpr int AT_ONCE = GROUPS > 1 ? DEPTH : TILES >= DEPTH ? 1 : DEPTH / TILES;  // chunks whose rows are loaded together
-constexpr bool GATED = KIND >= 0;
 constexpr int EACH = GATED ? 8 : 16;  // columns of the result that a group has: a gate's sixteen are eight, and what they are multiplied with
 constexpr int COLUMNS = EACH * GROUPS;
-
-__device__ inline float activate(float x) {
-  if (KIND == 0) return x / (1.0f + __expf(-x));
-  if (KIND == 1) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-  float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  return x * (1.0f - 1.0f / (__expf(2.0f * inner) + 1.0f));
-}
-
-__device__ inline void spread(const Quad& q, float* to) {
-  to[0] = low(q.a), to[1] = high(q.a), to[2] = low(q.b), to[3] = high(q.b);
-  to[4] = low(q.c), to[5] = high(q.c), to[6] = low(q.d), to[7] = high(q.d);
-}
-
-// Eight numbers of a row times the norm's weights; returns the sum of their squares before that.
-__device__ inline float scale(Quad& q, const float* factors) {
-  float x[8], squares = 0.0f;
-  spread(q, x);
-#pragma unroll
-  for (int i = 0; i < 8; i++) squares += x[i] * x[i], x[i] *= factors[i];
-  q = {both(x[0], x[1]), both(x[2], x[3]), both(x[4], x[5]), both(x[6], x[7])};
-  return squares;
-}
-
-// Adapters of a step: the columns are those of tiles.py. A of a page begins at `data + page * page_size + a`, 16 rows for each slice; `sums`
-// [jobs, slices, 16, 16], one block for each slice of a job.
-struct Shrink {
-  const unsigned short* data;
-  const int* used;
-  const s64 *tokens, *jobs, *tiles;
-  float* sums;
-  u64 page_size, a;
-  int site, sites, slices;
-};
 
 // x [rows, inner], a row every x_row numbers; weight [outs, inner], with a gate [2 * outs, inner]; out and add [rows, outs].
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) few_rows(
@@ -188,13 +155,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) few_rows(
       shrink.sums[((u64)unit * 16 + row) * 16 + column] = column < ranks ? y : 0.0f;
       continue;
     }
-    if (BIAS) y += number(bias + o);
-    if (GATED) {
-      float up = sum_of(of_first + 64, PARTS) * factor;
-      if (BIAS) up += number(bias + outs + o);
-      y = activate(y) * up;
-    }
-    if (ADD) y += number(add + (u64)row * outs + o);
-    out[(u64)row * outs + o] = (unsigned short)both(y, y);
+    finish(y, GATED ? sum_of(of_first + 64, PARTS) * factor : 0.0f, bias, add, out, row, o, outs);
   }
 }

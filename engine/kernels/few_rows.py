@@ -1,5 +1,6 @@
 """The product of a few rows with a weight, which is as fast as the weight can be read, and what comes before and after it in the same
-launch: a norm of the rows, an activation and gate, a residual sum. How it works is in few_rows.cu beside this."""
+launch: a norm of the rows, an activation and gate, a residual sum. How it works is in few_rows.cu beside this; and where a weight is large
+and the device copies in bulk, in few_rows_bulk.cu."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
 from penstock.engine.kernels.gate import ACTIVATIONS
 from penstock.engine.kernels.processors import processors_of
+from penstock.engine.kernels.tensor_map import BOX, TensorMap, can_copy_boxes, map_boxes
 from penstock.engine.kernels.tiles import Tiles
-from penstock.engine.lora.layout import PagePool, Place
+from penstock.engine.lora.layout import RANKS, PagePool, Place
 from penstock.engine.model.norm import Norm
 
-SOURCE = Path(__file__).with_name("few_rows.cu")
+SOURCE, BULK_SOURCE = (Path(__file__).with_name(name) for name in ("few_rows.cu", "few_rows_bulk.cu"))
 
 
 class Shrink(ctypes.Structure):
@@ -33,12 +35,18 @@ class Shrink(ctypes.Structure):
 
 
 KINDS = (*[c_void_p] * 6, c_uint64, c_int, c_int, c_int, c_float, Shrink.from_buffer_copy)
+BULK_KINDS = (*[TensorMap.from_buffer_copy] * 3, *[c_void_p] * 4, c_int, c_int, c_int, c_float, Shrink.from_buffer_copy)
+DEFINES = ("TILES", "NORM", "KIND", "BIAS", "ADD", "ADAPTED")
 CHUNK = 32  # of the inner dimension, which must be a multiple of it
 COLUMNS = 16  # of a group
 LONG = 2048  # inner dimension from which a block has more warps
-# With more rows than this, what is read of them is no longer little beside the weight, and the library is faster: at once where the inner
-# dimension is long.
-FEW, MORE, NARROW = 8, 32, 4096
+LARGE = 2**24  # bytes of a weight from which bulk copies are faster
+BULK_WARPS = 8
+MOST_GROUPS = 7
+SHARED = 112 * 2**10  # bytes of a block's stages: two blocks stay on a multiprocessor
+# With more rows than this the library is faster: as few_rows.cu does it, what is read of them is no longer little beside the weight, at
+# once where the inner dimension is long. With bulk copies they are read less often.
+FEW, MORE, NARROW, BULK_FEW = 8, 32, 4096, 16
 
 
 def suits_few(weight: Tensor) -> bool:
@@ -51,16 +59,16 @@ def suits_few(weight: Tensor) -> bool:
 def _compiles(device: torch.device) -> bool:
     """Whether kernels can be compiled for a device; a warning says why not. Then its products are the library's."""
     try:
-        _kernel(device, Blocks(8, 1), 1, 0, -1, False, False, False)
+        _kernel(device, Blocks(8, 1), 1, 0, -1, 0, 0, 0)
     except (CudaError, OSError) as error:
         warnings.warn(f"steps of few rows are slower: {error}", RuntimeWarning, stacklevel=2)
         return False
     return True
 
 
-def is_few(rows: int, widest: int) -> bool:
+def is_few(rows: int, widest: int, device: torch.device) -> bool:
     """Whether `multiply_few` is the way for so many rows, if the longest inner dimension is `widest`."""
-    return rows <= FEW or (rows <= MORE and widest <= NARROW)
+    return rows <= (MORE if widest <= NARROW else BULK_FEW if can_copy_boxes(device) else FEW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,34 @@ class Blocks:
 def blocks_for(inner: int, columns: int, processors: int) -> Blocks:
     """For a weight of so many columns. Two blocks of 8 warps stay on a multiprocessor; if there are more, they have more columns each."""
     return Blocks(16, 1) if inner >= LONG else Blocks(8, 1 if columns <= 2 * COLUMNS * processors else 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """How a product with bulk copies is cut: warps of a block along the inner dimension and across columns, groups of columns that it has,
+    and stages, each of a box for every warp along the inner dimension."""
+
+    along: int
+    across: int
+    groups: int
+    stages: int
+
+    def shared(self, tiles: int) -> int:
+        """Bytes of the stages."""
+        return self.stages * _stage_bytes(self.along, self.groups, tiles)
+
+
+def stages_for(columns: int, tiles: int, processors: int) -> Stages:
+    """For a weight of so many columns: two blocks for each multiprocessor, as full as can be. A stage of about 32 KiB was measured best, or
+    near it, for the products of an 8B Llama."""
+    together = 2 * COLUMNS * processors
+    groups = min(range(MOST_GROUPS, 0, -1), key=lambda groups: -(-columns // (together * groups)) * groups)
+    along = 8 if groups <= 2 else 4 if groups <= 4 else 2
+    return Stages(along, BULK_WARPS // along, groups, SHARED // _stage_bytes(along, groups, tiles))
+
+
+def _stage_bytes(along: int, groups: int, tiles: int) -> int:
+    return along * (COLUMNS * groups + 8 * tiles) * 2 * BOX
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +131,12 @@ class Begun:
         strides = (pool.data.stride(0), place.a, place.site, pool.used.stride(0))
         return Shrink(*(column.data_ptr() for column in columns), *strides, len(place.group))
 
+    def map(self) -> TensorMap:
+        """A of all pages, in boxes of one slice."""
+        data, inner = self.pool.data, self.place.in_features
+        rows = RANKS * len(self.place.group)
+        return map_boxes(data.as_strided((len(data), rows, inner), (data.stride(0), inner, 1), self.place.a), RANKS)
+
 
 def multiply_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None, add: Tensor | None = None, activation: str | None = None,
@@ -109,22 +151,45 @@ def multiply_few(
     rows, inner = x.shape
     outer = weight.shape[0] if activation is None else weight.shape[0] // 2
     out = torch.empty((rows, outer), dtype=x.dtype, device=x.device)
-    cut = blocks_for(inner, weight.shape[0], processors_of(x.device))
-    kernel = _kernel(
-        x.device, cut, 1 if rows <= 8 else 2 if rows <= 16 else 4,
-        0 if norm is None else 1 if norm.weight.dtype == x.dtype else 2, -1 if activation is None else ACTIVATIONS.index(activation),
-        bias is not None, add is not None, shrink is not None,
+    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
+    values = (
+        tiles, 0 if norm is None else 1 if norm.weight.dtype == x.dtype else 2, -1 if activation is None else ACTIVATIONS.index(activation),
+        int(bias is not None), int(add is not None), int(shrink is not None),
     )  # fmt: skip
-    kernel.launch(
-        -(-weight.shape[0] // (COLUMNS * cut.groups)) + (0 if shrink is None else shrink.blocks), 32 * cut.warps,
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), None if norm is None else norm.weight.data_ptr(),
-        None if add is None else add.data_ptr(), out.data_ptr(), x.stride(0), rows, inner, outer, 0.0 if norm is None else norm.epsilon,
-        Shrink() if shrink is None else shrink.to_c(),
-    )  # fmt: skip
+    around = (None if bias is None else bias.data_ptr(), None if norm is None else norm.weight.data_ptr())
+    written = (None if add is None else add.data_ptr(), out.data_ptr())
+    sizes = (rows, inner, outer, 0.0 if norm is None else norm.epsilon, Shrink() if shrink is None else shrink.to_c())
+    more, processors = 0 if shrink is None else shrink.blocks, processors_of(x.device)
+    if suits_bulk(x, weight):
+        stages = stages_for(weight.shape[0], tiles, processors)
+        columns = COLUMNS * stages.groups
+        maps = (map_boxes(x, 8 * tiles), map_boxes(weight, columns if activation is None else columns // 2))
+        _bulk_kernel(x.device, stages, *values).launch(
+            -(-weight.shape[0] // columns) + more, 32 * (BULK_WARPS + 1), *maps, TensorMap() if shrink is None else shrink.map(), *around,
+            *written, *sizes,
+        )  # fmt: skip
+    else:
+        cut = blocks_for(inner, weight.shape[0], processors)
+        _kernel(x.device, cut, *values).launch(
+            -(-weight.shape[0] // (COLUMNS * cut.groups)) + more, 32 * cut.warps, x.data_ptr(), weight.data_ptr(), *around, *written,
+            x.stride(0), *sizes,
+        )  # fmt: skip
     return out
 
 
+def suits_bulk(x: Tensor, weight: Tensor) -> bool:
+    """Whether bulk copies are possible, and the faster way."""
+    return weight.nbytes >= LARGE and len(x) <= BULK_FEW and x.stride(0) % 8 == 0 and can_copy_boxes(x.device)
+
+
 @cache
-def _kernel(device: torch.device, cut: Blocks, tiles: int, norm: int, kind: int, bias: bool, add: bool, adapted: bool) -> CudaKernel:
-    defines = {"WARPS": cut.warps, "GROUPS": cut.groups, "TILES": tiles, "NORM": norm, "KIND": kind}
-    return load_kernel(SOURCE, "few_rows", KINDS, defines | {"BIAS": int(bias), "ADD": int(add), "ADAPTED": int(adapted)}, device)
+def _kernel(device: torch.device, cut: Blocks, *values: int) -> CudaKernel:
+    defines = {"WARPS": cut.warps, "GROUPS": cut.groups, **dict(zip(DEFINES, values, strict=True))}
+    return load_kernel(SOURCE, "few_rows", KINDS, defines, device)
+
+
+@cache
+def _bulk_kernel(device: torch.device, cut: Stages, tiles: int, *values: int) -> CudaKernel:
+    defines = {"ALONG": cut.along, "ACROSS": cut.across, "GROUPS": cut.groups, "STAGES": cut.stages}
+    defines |= dict(zip(DEFINES, (tiles, *values), strict=True))
+    return load_kernel(BULK_SOURCE, "few_rows_bulk", BULK_KINDS, defines, device, cut.shared(tiles))

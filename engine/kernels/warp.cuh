@@ -19,6 +19,13 @@ __device__ inline Quad load(const void* at) {
   return q;
 }
 
+// The same of what other blocks read, too.
+__device__ inline Quad load_near(const void* at) {
+  Quad q;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at));
+  return q;
+}
+
 // As `load_constant`, if it is `inside`; else zeros.
 __device__ inline Quad load_where(const void* at, bool inside) {
   Quad q;

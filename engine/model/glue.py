@@ -115,7 +115,7 @@ class FusedGlue:
         """Whether the products of a step of so many rows take along what is around them: `product`. `widest`: the longest inner
         dimension."""
         joined = adapters is None or not adapters.active or (can_join(adapters) and adapters.suits_few)
-        return joined and self._is_few(rows, widest)
+        return joined and self._is_few(rows, widest, self.positions.device)
 
     def product(self, product: Linear, x: Tensor, *, norm: Norm | None = None, add: Tensor | None = None, gated: bool = False) -> Tensor:
         """A product of x `[rows, in]`, by way of `norm`; and then plus `add`, or gated. What adapters add is in it."""

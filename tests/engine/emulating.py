@@ -1,4 +1,5 @@
-"""Kernels in CUDA C++ where there is no GPU: compiled for the processor, with emulated/warp.cuh for what a warp does at once."""
+"""Kernels in CUDA C++ where there is no GPU: compiled for the processor, with what is in `emulated` for what a warp does at once, and for
+copies in bulk."""
 
 from __future__ import annotations
 
@@ -8,35 +9,44 @@ import subprocess
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from penstock.engine.kernels import few_rows, row_attention
+from penstock.engine.kernels.tensor_map import TensorMap
 
-HEADER = Path(__file__).with_name("emulated") / "warp.cuh"
-NAMES = ("TILES", "NORM", "KIND", "BIAS", "ADD", "ADAPTED")
+HEADERS, STANDARD = Path(__file__).with_name("emulated"), "standard.hpp"
+OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-w")
+
+
+@cache
+def _headers() -> TemporaryDirectory[str]:
+    """A folder of those that kernels include, the emulated in the place of others; the standard ones are compiled."""
+    folder = TemporaryDirectory()
+    for header in (*few_rows.SOURCE.parent.glob("*.cuh"), *HEADERS.iterdir()):
+        shutil.copy(header, folder.name)
+    standard = f"{folder.name}/{STANDARD}"
+    subprocess.run(["g++", *OPTIONS, "-x", "c++-header", "-o", f"{standard}.gch", standard], check=True)
+    return folder
 
 
 class EmulatedKernel:
     """In the place of an `engine.kernels.cuda.CudaKernel`."""
 
     def __init__(self, source: Path, name: str, kinds: tuple[Callable[[Any], Any], ...], defines: Mapping[str, int]) -> None:
-        folder = Path(mkdtemp())
-        try:
-            shutil.copy(source, folder / "kernel.cu")
-            shutil.copy(HEADER, folder / HEADER.name)
-            (folder / "launch.cpp").write_text(
+        with TemporaryDirectory() as folder:
+            shutil.copy(source, f"{folder}/kernel.cu")
+            Path(folder, "launch.cpp").write_text(
+                f'#include "{STANDARD}"\n'
                 '#include "kernel.cu"\n'
                 'extern "C" int run(unsigned blocks, unsigned threads, void** values) '
                 f"{{ return launch({name}, blocks, threads, values); }}\n"
             )
-            options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", *(f"-D{key}={value}" for key, value in defines.items())]
-            subprocess.run(["g++", *options, "-o", folder / "kernel.so", folder / "launch.cpp"], check=True)
-            self.library = ctypes.CDLL(str(folder / "kernel.so"))
-        finally:
-            shutil.rmtree(folder)
+            options = [*OPTIONS, "-shared", "-I", _headers().name, *(f"-D{key}={value}" for key, value in defines.items())]
+            subprocess.run(["g++", *options, "-o", f"{folder}/kernel.so", f"{folder}/launch.cpp"], check=True)
+            self.library = ctypes.CDLL(f"{folder}/kernel.so")
         self.kinds = kinds
 
     def launch(self, blocks: int, threads: int, *arguments: Any) -> None:
@@ -49,8 +59,23 @@ class EmulatedKernel:
 @cache
 def emulated(_: torch.device, cut: few_rows.Blocks, *values: int) -> EmulatedKernel:
     """In the place of `few_rows._kernel`."""
-    defines = {"WARPS": cut.warps, "GROUPS": cut.groups, **dict(zip(NAMES, map(int, values), strict=True))}
+    defines = {"WARPS": cut.warps, "GROUPS": cut.groups, **dict(zip(few_rows.DEFINES, values, strict=True))}
     return EmulatedKernel(few_rows.SOURCE, "few_rows", few_rows.KINDS, defines)
+
+
+@cache
+def emulated_bulk(_: torch.device, cut: few_rows.Stages, *values: int) -> EmulatedKernel:
+    """In the place of `few_rows._bulk_kernel`."""
+    defines = {"ALONG": cut.along, "ACROSS": cut.across, "GROUPS": cut.groups, "STAGES": cut.stages}
+    defines |= dict(zip(few_rows.DEFINES, values, strict=True))
+    return EmulatedKernel(few_rows.BULK_SOURCE, "few_rows_bulk", few_rows.BULK_KINDS, defines)
+
+
+def emulated_boxes(x: torch.Tensor, rows: int) -> TensorMap:
+    """In the place of `engine.kernels.tensor_map.map_boxes`: see emulated/bulk.cuh."""
+    sizes, strides = [1] * (3 - x.dim()) + list(x.shape), [0] * (3 - x.dim()) + list(x.stride())
+    words = (x.data_ptr(), *reversed(sizes), 2 * strides[1], 2 * strides[0], rows)
+    return TensorMap((ctypes.c_uint64 * 16)(*words))
 
 
 @cache

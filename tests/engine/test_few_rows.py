@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from penstock.engine.kernels import few_rows
-from penstock.engine.kernels.few_rows import Begun, Blocks, multiply_few
+from penstock.engine.kernels.few_rows import Begun, Blocks, Stages, multiply_few, stages_for
+from penstock.engine.kernels.tensor_map import can_copy_boxes
 from penstock.engine.kernels.tiles import SMALL, Tiles
 from penstock.engine.lora.layout import RANKS, PagePool, Place, Site, layout_of
 from penstock.engine.lora.triton import WHOLE, cut_tokens
 from penstock.engine.model.norm import Norm
 
-from .emulating import emulated
+from .emulating import emulated, emulated_boxes, emulated_bulk
 from .interpreted import DEVICE, GPU
 from .multiplying import AROUND, check_product, rms
 
@@ -30,6 +31,17 @@ TOLERANCE = 4e-2
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
         monkeypatch.setattr(few_rows, "_kernel", emulated)
+        monkeypatch.setattr(few_rows, "_bulk_kernel", emulated_bulk)
+        monkeypatch.setattr(few_rows, "map_boxes", emulated_boxes)
+        monkeypatch.setattr(few_rows, "can_copy_boxes", lambda _: True)
+
+
+@pytest.fixture
+def bulk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights are large."""
+    if GPU and not can_copy_boxes(DEVICE):
+        pytest.skip("the device does not copy in bulk")
+    monkeypatch.setattr(few_rows, "LARGE", 0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -52,6 +64,38 @@ def test_a_product_that_is_cut_in_any_way(
 ) -> None:
     monkeypatch.setattr(few_rows, "blocks_for", lambda *_: cut)
     check_product(multiply_few, rows, 2080, 140, torch.bfloat16, TOLERANCE, bias=True, norm=norm, add=add, activation=activation)
+
+
+@pytest.mark.usefixtures("bulk")
+@pytest.mark.parametrize("rows", [7, 13])
+@pytest.mark.parametrize(("inner", "outer"), SIZES[::2])
+@pytest.mark.parametrize(("norm", "add", "activation"), AROUND)
+def test_a_product_with_bulk_copies(inner: int, outer: int, rows: int, norm: int, add: int, activation: str | None) -> None:
+    bias = rows == 7
+    check_product(
+        multiply_few, rows, inner, outer, torch.bfloat16, TOLERANCE, bias=bias, norm=norm, add=add, activation=activation
+    )
+
+
+@pytest.mark.usefixtures("bulk")
+@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("cut", [Stages(8, 1, 2, 2), Stages(2, 4, 7, 3), Stages(4, 2, 1, 1)], ids=str)
+@pytest.mark.parametrize(("norm", "add", "activation"), [(1, 0, None), (2, 0, "silu"), (0, 1, None)])
+def test_stages_of_any_size(
+    cut: Stages, rows: int, norm: int, add: int, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "stages_for", lambda *_: cut)
+    check_product(multiply_few, rows, 2080, 140, torch.bfloat16, TOLERANCE, bias=True, norm=norm, add=add, activation=activation)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_two_blocks_of_any_stages_fit_a_multiprocessor(tiles: int) -> None:
+    for columns in range(16, 200_000, 1000):
+        cut = stages_for(columns, tiles, 132)
+        assert cut.stages >= 2
+        assert cut.along * cut.across == few_rows.BULK_WARPS
+        assert cut.shared(tiles) <= few_rows.SHARED
+        assert cut.shared(tiles) >= cut.along * 8 * tiles * (16 * cut.groups + 4) * 4  # the sums take the place of the stages
 
 
 @pytest.mark.skipif(not GPU, reason="what suits the kernel is on a GPU")
@@ -100,7 +144,7 @@ class Adapters:
         torch.testing.assert_close(self.step.sums.double().cpu(), expected, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True)
 
 
-@pytest.mark.parametrize("cut", [None, Blocks(8, 2)], ids=str)
+@pytest.mark.parametrize("cut", [None, Blocks(8, 2), Stages(4, 2, 3, 2)], ids=str)
 @pytest.mark.parametrize("more", [0, 3])
 @pytest.mark.parametrize(
     ("ranks", "of_tokens"),
@@ -114,11 +158,16 @@ class Adapters:
 )
 @pytest.mark.parametrize(("inner", "norm", "add"), [(96, 1, False), (512, 0, True), (2080, 2, False)])
 def test_what_adapters_add_begins_with_the_product(
-    inner: int, norm: int, add: bool, ranks: Sequence[Sequence[int]], of_tokens: Sequence[int], more: int, cut: Blocks | None,
-    monkeypatch: pytest.MonkeyPatch,
+    inner: int, norm: int, add: bool, ranks: Sequence[Sequence[int]], of_tokens: Sequence[int], more: int,
+    cut: Blocks | Stages | None, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if cut is not None:
+    if isinstance(cut, Blocks):
         monkeypatch.setattr(few_rows, "blocks_for", lambda *_: cut)
+    elif cut is not None:
+        if len(of_tokens) > few_rows.BULK_FEW or (GPU and not can_copy_boxes(DEVICE)):
+            pytest.skip("not with bulk copies")
+        monkeypatch.setattr(few_rows, "LARGE", 0)
+        monkeypatch.setattr(few_rows, "stages_for", lambda *_: cut)
     layout = layout_of([(Site("before", 32, 8),), (Site("q", inner, 40), Site("k", inner, 8), Site("v", inner, 8))])
     pool = PagePool(layout, 9, torch.bfloat16, DEVICE)
     pool.data.fill_(float("nan"))

@@ -1,17 +1,11 @@
 // In the place of engine/kernels/warp.cuh, where there is no GPU: the threads of a block are fibers that take turns, and what a warp does at
 // once it does when all of its threads have come to it. So a kernel in CUDA C++ runs as it is written, slowly, on any machine.
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <numeric>
-#include <random>
-#include <ucontext.h>
-#include <utility>
-#include <vector>
+#include "standard.hpp"
 
 #define __global__
 #define __device__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static  // blocks run one after another, in any order
@@ -58,6 +52,7 @@ inline Quad load(const void* at) {
 }
 
 inline Quad load_constant(const void* at) { return load(at); }
+inline Quad load_near(const void* at) { return load(at); }
 inline Quad load_shared(const void* at) { return load(at); }
 inline Quad load_where(const void* at, bool inside) { return inside ? load(at) : Quad{}; }
 
@@ -85,7 +80,6 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 struct Operands { u32 a[4], b[2]; };
 static Operands operands[32][32];
-static float shared_floats[32][32];
 
 // Which thread has which of the operands: PTX ISA, "Matrix Fragments for mma.m16n8k16".
 inline void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -104,11 +98,13 @@ inline void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 
 inline u32 pick_half(u32 x, u32 y, bool upper) { return upper ? x >> 16 | (y & 0xffff0000) : (x & 0xffff) | y << 16; }
 
-inline float from_lane(float x, int lane) {
+template <class Number>
+inline Number from_lane(Number x, int lane) {
+  static Number shared[32][32];
   const u32 warp = threadIdx.x / 32;
-  shared_floats[warp][threadIdx.x % 32] = x;
+  shared[warp][threadIdx.x % 32] = x;
   meet_warp();
-  const float theirs = shared_floats[warp][lane];
+  const Number theirs = shared[warp][lane];
   meet_warp();
   return theirs;
 }
