@@ -46,8 +46,9 @@ class Experts:
         ]
         self.stacks = None if packs else (gate_up, down)
 
-    def __call__(self, y: Tensor, glue: Glue) -> Tensor:
-        return glue.mix(self, y)
+    def __call__(self, h: Tensor, y: Tensor, after: Norm | None, glue: Glue) -> tuple[Tensor, Tensor | None]:
+        """See `engine.model.glue.Glue.end`, with the feed-forward of y in the place of a product."""
+        return h, glue.mix(self, y)
 
     @property
     def products(self) -> tuple[Linear, ...]:

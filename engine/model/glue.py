@@ -32,6 +32,11 @@ class Glue(Protocol):
         """A sublayer's output x joins h, both `[tokens, hidden]`: the sum, with `after` applied to x, and `before` applied to the sum."""
         ...
 
+    def end(self, product: Linear, h: Tensor, x: Tensor, after: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """The end of a sublayer: h `[tokens, hidden]` and the product of x `[tokens, in]`, which is to join it by way of `after`. Returns h
+        and what `join` has still to add; or both summed, in the memory of h, and None."""
+        ...
+
     def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
         """From `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads * dim]`; keys and values go to the pool."""
         ...
@@ -60,6 +65,9 @@ class PlainGlue:
         if x is not None:
             h = h + (x if after is None else after(x))
         return h, h if before is None else before(h)
+
+    def end(self, product: Linear, h: Tensor, x: Tensor, after: Norm | None) -> tuple[Tensor, Tensor | None]:
+        return h, product(x)
 
     def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
         shape = layer.shape
@@ -96,6 +104,9 @@ class FusedGlue:
         norm = before or after
         epsilon = 0.0 if norm is None else norm.epsilon
         return self._join(h, x, None if after is None else after.weight, None if before is None else before.weight, epsilon)
+
+    def end(self, product: Linear, h: Tensor, x: Tensor, after: Norm | None) -> tuple[Tensor, Tensor | None]:
+        return (product.add(h, x), None) if after is None and product.adds else (h, product(x))
 
     def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
         shape = layer.shape

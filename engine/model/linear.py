@@ -127,3 +127,17 @@ class Linear(nn.Module):
         return self.method(x) if adapted is None or not adapted.backend.active else adapted.multiply(self.method, x)
 
     forward = __call__
+
+    @property
+    def adds(self) -> bool:
+        """Whether there is `add`."""
+        return isinstance(self.method, Dense) and self.bias is None
+
+    def add(self, h: Tensor, x: Tensor) -> Tensor:
+        """h `[tokens, out]` plus the product of x `[tokens, in]`, in the memory of h, which is read and written once, and rounded once."""
+
+        def add(x: Tensor) -> Tensor:
+            return h.addmm_(x, self.weight.t())
+
+        adapted = self.adapted
+        return add(x) if adapted is None or not adapted.backend.active else adapted.multiply(add, x)

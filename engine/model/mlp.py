@@ -21,8 +21,9 @@ class Mlp:
     def __init__(self, gate_up: Linear, down: Linear) -> None:
         self.gate_up, self.down = gate_up, down
 
-    def __call__(self, y: Tensor, glue: Glue) -> Tensor:
-        return self.down(glue.gate(self.gate_up(y)))
+    def __call__(self, h: Tensor, y: Tensor, after: Norm | None, glue: Glue) -> tuple[Tensor, Tensor | None]:
+        """See `engine.model.glue.Glue.end`, with the feed-forward of y in the place of a product."""
+        return glue.end(self.down, h, glue.gate(self.gate_up(y)), after)
 
     @property
     def products(self) -> tuple[Linear, ...]:

@@ -54,7 +54,7 @@ class Layer:
         else:
             self.mlp = Mlp(product("mlp", ("gate_up_proj",), ("gate_proj", "up_proj")), product("mlp", ("down_proj",)))
 
-    def __call__(self, h: Tensor, x: Tensor | None, after: Norm | None, glue: Glue, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, h: Tensor, x: Tensor | None, after: Norm | None, glue: Glue, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """h and x `[tokens, hidden]`: what came in, and what the layer before has still to add to it, by way of its norm `after`. Returns
         the same two of this layer. With `rows`, only those tokens go on after their keys and values are written."""
         paged = self.paged
@@ -66,8 +66,9 @@ class Layer:
             h, y = h.index_select(0, rows), y.index_select(0, rows)
             if self.adapters is not None:
                 self.adapters.narrow()
-        h, y = glue.join(h, self.out(y), self.after_attention, self.before_mlp)
-        return h, self.mlp(y, glue)
+        h, x = glue.end(self.out, h, y, self.after_attention)
+        h, y = glue.join(h, x, self.after_attention, self.before_mlp)
+        return self.mlp(h, y, self.after_mlp, glue)
 
     @property
     def products(self) -> tuple[Linear, ...]:
