@@ -84,9 +84,9 @@ def _few(
     """The same as steps of few rows do it, where the product begins what adapters add; none if x has too many, or there is no such way."""
     if not can_join(backend) or subject.device.type != "cuda" or subject.dtype != torch.bfloat16:
         return []
-    from penstock.engine.kernels.few_rows import is_few, multiply_few  # Triton comes with CUDA builds of torch only
+    from penstock.engine.kernels.few_rows import most_rows, multiply_few  # Triton comes with CUDA builds of torch only
 
-    if not is_few(len(x), max(inner for inner, _ in products(subject).values()), subject.device):
+    if len(x) > most_rows([(outer, inner) for inner, outer in products(subject).values()], subject.device):
         return []
     triton = backend
 

@@ -33,9 +33,9 @@ def time_few(subject: Subject, rows: int) -> Iterator[Case]:
     """Those of a layer as steps of few rows do them, with the norm before them, or the sum or gate after them."""
     if not subject.fused or subject.device.type != "cuda" or subject.dtype != torch.bfloat16:
         return
-    from penstock.engine.kernels.few_rows import is_few, multiply_few  # Triton comes with CUDA builds of torch only
+    from penstock.engine.kernels.few_rows import most_rows, multiply_few  # Triton comes with CUDA builds of torch only
 
-    if not is_few(rows, max(inner for inner, _ in products(subject).values()), subject.device):
+    if rows > most_rows([(outer, inner) for inner, outer in products(subject).values()], subject.device):
         return
     norm, activation = Norm(subject.draw(subject.hidden), subject.decoder.epsilon), subject.decoder.activation
     for name, (inner, outer) in products(subject).items():

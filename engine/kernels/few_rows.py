@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Iterable, Sequence
 from ctypes import c_float, c_int, c_uint64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +27,7 @@ SOURCE, BULK_SOURCE = (Path(__file__).with_name(name) for name in ("few_rows.cu"
 
 
 class Shrink(ctypes.Structure):
-    """What adapters add begins with the product: see few_rows.cu, which has the same."""
+    """What adapters add begins with the product: see few_rows.cuh, which has the same."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("data", "used", "tokens", "jobs", "tiles", "sums")), ("page_size", c_uint64), ("a", c_uint64),
@@ -60,15 +61,20 @@ def _compiles(device: torch.device) -> bool:
     """Whether kernels can be compiled for a device; a warning says why not. Then its products are the library's."""
     try:
         _kernel(device, Blocks(8, 1), 1, 0, -1, 0, 0, 0)
+        if can_copy_boxes(device):
+            _bulk_kernel(device, stages_for(LARGE, 1, processors_of(device)), 1, 0, -1, 0, 0, 0)
     except (CudaError, OSError) as error:
         warnings.warn(f"steps of few rows are slower: {error}", RuntimeWarning, stacklevel=2)
         return False
     return True
 
 
-def is_few(rows: int, widest: int, device: torch.device) -> bool:
-    """Whether `multiply_few` is the way for so many rows, if the longest inner dimension is `widest`."""
-    return rows <= (MORE if widest <= NARROW else BULK_FEW if can_copy_boxes(device) else FEW)
+def most_rows(shapes: Iterable[Sequence[int]], device: torch.device) -> int:
+    """Up to how many rows `multiply_few` is the way for weights of these shapes, in one step."""
+    long = [shape for shape in shapes if shape[1] > NARROW]
+    if not long:
+        return MORE
+    return BULK_FEW if can_copy_boxes(device) and all(2 * outer * inner >= LARGE for outer, inner in long) else FEW
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,7 @@ class Stages:
         return self.stages * _stage_bytes(self.along, self.groups, tiles)
 
 
+@cache
 def stages_for(columns: int, tiles: int, processors: int) -> Stages:
     """For a weight of so many columns: two blocks for each multiprocessor, as full as can be. A stage of about 32 KiB was measured best, or
     near it, for the products of an 8B Llama."""
@@ -165,8 +172,8 @@ def multiply_few(
         columns = COLUMNS * stages.groups
         maps = (map_boxes(x, 8 * tiles), map_boxes(weight, columns if activation is None else columns // 2))
         _bulk_kernel(x.device, stages, *values).launch(
-            -(-weight.shape[0] // columns) + more, 32 * (BULK_WARPS + 1), *maps, TensorMap() if shrink is None else shrink.map(), *around,
-            *written, *sizes,
+            -(-weight.shape[0] // columns) + more, 32 * (stages.along * stages.across + 1),
+            *maps, TensorMap() if shrink is None else shrink.map(), *around, *written, *sizes,
         )  # fmt: skip
     else:
         cut = blocks_for(inner, weight.shape[0], processors)
@@ -184,12 +191,15 @@ def suits_bulk(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _kernel(device: torch.device, cut: Blocks, *values: int) -> CudaKernel:
-    defines = {"WARPS": cut.warps, "GROUPS": cut.groups, **dict(zip(DEFINES, values, strict=True))}
-    return load_kernel(SOURCE, "few_rows", KINDS, defines, device)
+    return load_kernel(SOURCE, "few_rows", KINDS, defines_for(cut, *values), device)
 
 
 @cache
 def _bulk_kernel(device: torch.device, cut: Stages, tiles: int, *values: int) -> CudaKernel:
-    defines = {"ALONG": cut.along, "ACROSS": cut.across, "GROUPS": cut.groups, "STAGES": cut.stages}
-    defines |= dict(zip(DEFINES, (tiles, *values), strict=True))
-    return load_kernel(BULK_SOURCE, "few_rows_bulk", BULK_KINDS, defines, device, cut.shared(tiles))
+    return load_kernel(BULK_SOURCE, "few_rows_bulk", BULK_KINDS, defines_for(cut, tiles, *values), device, cut.shared(tiles))
+
+
+def defines_for(cut: Blocks | Stages, *values: int) -> dict[str, int]:
+    """What a kernel is compiled with: the names of `cut`, and `DEFINES`."""
+    sizes = {field.name.upper(): getattr(cut, field.name) for field in fields(cut)}
+    return sizes | dict(zip(DEFINES, values, strict=True))

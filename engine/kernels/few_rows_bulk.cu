@@ -8,8 +8,8 @@
 // A warp has one of these boxes and a share of the groups: a thread has 16 numbers of the inner dimension, which are its operands of four
 // instructions as they come, of two columns and of each eight rows.
 //
-// What adapters add begins here, too: the last blocks of the grid have 16 rows of A of one job in the place of columns of the weight. They
-// multiply them with all rows, which costs them nothing, and write the sums of their job's tokens.
+// What adapters add begins here, too: the last blocks of the grid have the 16 rows of A of one job, those that its page does not use too, in
+// the place of columns of the weight. They multiply them with all rows, which costs no more, and write the sums of their job's tokens.
 //
 // Defined by who compiles this: ALONG and ACROSS (warps along the inner dimension, and across columns), GROUPS (of sixteen columns; with a
 // gate, of eight and what they are multiplied with), STAGES, TILES, NORM, KIND, BIAS, ADD, ADAPTED.
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_rows_bulk(
       const int k = stage * DEPTH + along * BOX + quarter * 16;
 #pragma unroll
       for (int i = 0; i < 2 * NORM; i++) {
-        if (k + i * 8 / NORM < inner) scales[i] = load_near((const char*)norm + k * 2 * NORM + i * 16);
+        if (k + i * 8 / NORM < inner) scales[i] = load_common_constant((const char*)norm + k * 2 * NORM + i * 16);
       }
     };
     if (NORM) load_scales(0);

@@ -6,9 +6,9 @@ by index, and tokens of the base model are in no tile. How many tiles and jobs t
 stay on it at once, share out what there is: a launch fits any step that its columns have room for, and a CUDA graph too.
 
 A decode is bound by the bytes of A and B, each read once where an adapter has one tile, and by the two launches where there are few
-adapters. So both must be many programs however few the tiles are. Rows of A and B that a page does not use are not read, and what no page
-of a tile changes of y is not touched. With programmatic dependent launch all that says what to do is read, and the first of A and B
-fetched, while the kernel before still runs.
+adapters. So both must be many programs however few the tiles are. Rows of A and B that a page does not use are not read (those of A are
+where a product begins it with bulk copies), and what no page of a tile changes of y is not touched. With programmatic dependent launch
+all that says what to do is read, and the first of A and B fetched, while the kernel before still runs.
 
 Nothing is added atomically, and how the inner dimension is cut depends on the product and on the size of the tiles alone: for one size of
 tiles, a token's bits do not depend on the others of its step.

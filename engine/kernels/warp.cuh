@@ -13,16 +13,16 @@ __device__ inline Quad load_constant(const void* at) {
   return q;
 }
 
-__device__ inline Quad load(const void* at) {
+// The same, if other blocks of the multiprocessor read it, too.
+__device__ inline Quad load_common_constant(const void* at) {
   Quad q;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at) : "memory");
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at));
   return q;
 }
 
-// The same of what other blocks read, too.
-__device__ inline Quad load_near(const void* at) {
+__device__ inline Quad load(const void* at) {
   Quad q;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.a), "=r"(q.b), "=r"(q.c), "=r"(q.d) : "l"(at) : "memory");
   return q;
 }
 
@@ -73,7 +73,9 @@ __device__ inline float sum_of_warp(float x) {
   return x;
 }
 
-__device__ inline float from_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+template <class Number>
+__device__ inline Number from_lane(Number x, int lane) { return __shfl_sync(~0u, x, lane); }
+
 __device__ inline bool any_of_warp(bool x) { return __any_sync(~0u, x); }
 __device__ inline void meet_warp() { __syncwarp(); }
 

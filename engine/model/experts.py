@@ -48,7 +48,7 @@ class Experts:
 
     def __call__(self, h: Tensor, y: Tensor, after: Norm | None, glue: Glue) -> tuple[Tensor, Tensor | None]:
         """See `engine.model.glue.Glue.end`, with the feed-forward of y in the place of a product."""
-        return h, glue.mix(self, y)
+        return (glue.mix(self, y, h), None) if after is None else (h, glue.mix(self, y))
 
     @property
     def products(self) -> tuple[Linear, ...]:

@@ -29,7 +29,8 @@ class Glue(Protocol):
         ...
 
     def join(self, h: Tensor, x: Tensor | None, after: Norm | None, before: Norm | None) -> tuple[Tensor, Tensor]:
-        """A sublayer's output x joins h, both `[tokens, hidden]`: the sum, with `after` applied to x, and `before` applied to the sum."""
+        """A sublayer's output x joins h, both `[tokens, hidden]`: the sum, with `after` applied to x, and `before` applied to the sum. The
+        second may be the first, whose memory `end` may change."""
         ...
 
     def end(self, product: Linear, h: Tensor, x: Tensor, after: Norm | None) -> tuple[Tensor, Tensor | None]:
@@ -45,8 +46,9 @@ class Glue(Protocol):
         """The activation of the first half of x `[tokens, 2 * width]` times the other half."""
         ...
 
-    def mix(self, experts: Experts, x: Tensor) -> Tensor:
-        """What the experts that the router chooses for each token of x `[tokens, hidden]` make of it, summed by its weights."""
+    def mix(self, experts: Experts, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """What the experts that the router chooses for each token of x `[tokens, hidden]` make of it, summed by its weights; with `add`
+        `[tokens, hidden]`, plus that."""
         ...
 
 
@@ -81,8 +83,9 @@ class PlainGlue:
         width = x.shape[1] // 2
         return self.activation(x[:, :width]) * x[:, width:]
 
-    def mix(self, experts: Experts, x: Tensor) -> Tensor:
-        return experts.run_plain(x, self.gate)
+    def mix(self, experts: Experts, x: Tensor, add: Tensor | None = None) -> Tensor:
+        y = experts.run_plain(x, self.gate)
+        return y if add is None else add + y
 
 
 class FusedGlue:
@@ -92,7 +95,7 @@ class FusedGlue:
         from penstock.engine.kernels import experts, few_rows, gate, residual  # Triton comes with CUDA builds of torch only
 
         self._join, self._gate, self._mix = residual.join_rows, gate.gate_rows, experts.mix_rows
-        self._few, self._is_few, self.suits_few = few_rows.multiply_few, few_rows.is_few, few_rows.suits_few
+        self._few, self.suits_few, self.most_rows = few_rows.multiply_few, few_rows.suits_few, few_rows.most_rows
         self.activation, self.backend = activation, backend
         self.tables = {rotary: rotary.tables(backend.longest) for rotary in dict.fromkeys(rotaries)}
         self.positions = backend.table
@@ -122,11 +125,9 @@ class FusedGlue:
     def gate(self, x: Tensor) -> Tensor:
         return self._gate(x, self.activation)
 
-    def fuses(self, rows: int, widest: int, adapters: AdapterBackend | None) -> bool:
-        """Whether the products of a step of so many rows take along what is around them: `product`. `widest`: the longest inner
-        dimension."""
-        joined = adapters is None or not adapters.active or (can_join(adapters) and adapters.suits_few)
-        return joined and self._is_few(rows, widest, self.positions.device)
+    def fuses(self, adapters: AdapterBackend | None) -> bool:
+        """Whether the products of a step of few rows take along what is around them: `product`."""
+        return adapters is None or not adapters.active or (can_join(adapters) and adapters.suits_few)
 
     def product(self, product: Linear, x: Tensor, *, norm: Norm | None = None, add: Tensor | None = None, gated: bool = False) -> Tensor:
         """A product of x `[rows, in]`, by way of `norm`; and then plus `add`, or gated. What adapters add is in it."""
@@ -138,7 +139,6 @@ class FusedGlue:
         return self.gate(y) if gated else y
 
     def mix(self, experts: Experts, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """With `add` `[tokens, hidden]`, plus that."""
         if experts.stacks is None:
             y = experts.run_plain(x, self.gate)
             return y if add is None else add + y

@@ -134,7 +134,7 @@ class Linear(nn.Module):
         return isinstance(self.method, Dense) and self.bias is None
 
     def add(self, h: Tensor, x: Tensor) -> Tensor:
-        """h `[tokens, out]` plus the product of x `[tokens, in]`, in the memory of h, which is read and written once, and rounded once."""
+        """h `[tokens, out]` plus the product of x `[tokens, in]`, in the memory of h: what the product alone makes is never written."""
 
         def add(x: Tensor) -> Tensor:
             return h.addmm_(x, self.weight.t())

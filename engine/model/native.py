@@ -121,9 +121,8 @@ class NativeModel:
         # As transformers does it, the scale is rounded to the model's dtype before it multiplies.
         scale = decoder.embedding_scale
         self.scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=self.device)
-        self.fuses = False
         self.products = tuple(product for block in self.blocks for product in block.products)
-        self.widest = max(product.in_features for product in self.products)
+        self.few = 0  # rows up to which products take along what is around them
         self.adapters: AdapterBackend | None = None
         self.kept: Tensor | None = None
         self.glue: Glue = self._plain_glue()
@@ -139,7 +138,9 @@ class NativeModel:
         for block, shape, (keys, values) in zip(self.blocks, self.layers, pool.layers, strict=True):
             block.paged = LayerAttention(shape, keys, values, backend)
         glue = self.glue
-        self.fuses = isinstance(glue, FusedGlue) and all(block.fuses(glue) for block in self.blocks)
+        self.few = 0
+        if isinstance(glue, FusedGlue) and all(block.fuses(glue) for block in self.blocks):
+            self.few = glue.most_rows([product.weight.shape for product in self.products], self.device)
 
     def adapt(self, layout: PageLayout, backend: AdapterBackend) -> None:
         adapt(self.products, layout, backend)
@@ -161,7 +162,7 @@ class NativeModel:
             h = h * self.scale
         glue, last = self.glue, self.blocks[-1]
         glue.begin(positions)
-        if isinstance(glue, FusedGlue) and self.fuses and glue.fuses(len(h), self.widest, self.adapters):
+        if isinstance(glue, FusedGlue) and len(h) <= self.few and glue.fuses(self.adapters):
             return self._forward_fused(h, glue, rows, keep)
         x: Tensor | None = None
         after: Norm | None = None

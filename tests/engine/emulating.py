@@ -53,22 +53,19 @@ class EmulatedKernel:
         values = [kind(argument) for kind, argument in zip(self.kinds, arguments, strict=True)]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         if self.library.run(blocks, threads, addresses):
-            raise RuntimeError("threads wait for some that never come")
+            raise RuntimeError("threads wait for some that never come, or for none of what they began")
 
 
 @cache
 def emulated(_: torch.device, cut: few_rows.Blocks, *values: int) -> EmulatedKernel:
     """In the place of `few_rows._kernel`."""
-    defines = {"WARPS": cut.warps, "GROUPS": cut.groups, **dict(zip(few_rows.DEFINES, values, strict=True))}
-    return EmulatedKernel(few_rows.SOURCE, "few_rows", few_rows.KINDS, defines)
+    return EmulatedKernel(few_rows.SOURCE, "few_rows", few_rows.KINDS, few_rows.defines_for(cut, *values))
 
 
 @cache
 def emulated_bulk(_: torch.device, cut: few_rows.Stages, *values: int) -> EmulatedKernel:
     """In the place of `few_rows._bulk_kernel`."""
-    defines = {"ALONG": cut.along, "ACROSS": cut.across, "GROUPS": cut.groups, "STAGES": cut.stages}
-    defines |= dict(zip(few_rows.DEFINES, values, strict=True))
-    return EmulatedKernel(few_rows.BULK_SOURCE, "few_rows_bulk", few_rows.BULK_KINDS, defines)
+    return EmulatedKernel(few_rows.BULK_SOURCE, "few_rows_bulk", few_rows.BULK_KINDS, few_rows.defines_for(cut, *values))
 
 
 def emulated_boxes(x: torch.Tensor, rows: int) -> TensorMap:
@@ -79,7 +76,6 @@ def emulated_boxes(x: torch.Tensor, rows: int) -> TensorMap:
 
 
 @cache
-def emulated_rows(_: torch.device, *values: int) -> EmulatedKernel:
+def emulated_rows(_: torch.device, bulk: bool, *values: int) -> EmulatedKernel:
     """In the place of `row_attention._kernel`."""
-    defines = {"WARPS": row_attention.WARPS, **dict(zip(row_attention.DEFINES, values, strict=True))}
-    return EmulatedKernel(row_attention.SOURCE, "row_attention", row_attention.KINDS, defines)
+    return EmulatedKernel(row_attention.SOURCE, "row_attention", row_attention.KINDS, row_attention.defines_for(bulk, *values))

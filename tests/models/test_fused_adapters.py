@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from penstock.engine.attention.base import StepRows, can_fuse
 from penstock.engine.lora.residency import Load
 from penstock.engine.model.decoder import ACTIVATIONS
+from penstock.engine.model.linear import Linear
 from penstock.engine.model.native import NativeModel
 from penstock.engine.model.norm import Norm
 from penstock.engine.request import Adapter, Request, Sampler
@@ -170,6 +171,26 @@ def test_steps_of_few_rows_begin_what_adapters_add_with_their_products(name: str
 
 
 @here
+@pytest.mark.skipif(GPU, reason="on a GPU many rows take that way, and the other tests are of them")
+def test_products_add_to_the_stream_what_adapters_add_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = 0
+
+    def add(product: Linear, h: Tensor, x: Tensor) -> Tensor:
+        nonlocal added
+        added += 1
+        return first_add(product, h, x)
+
+    first_add = Linear.add
+    expected = Adapted(build(make("qwen3")), triton=False, ranks=RANKS).run()
+    monkeypatch.setattr("penstock.engine.model.linear.can_pack", lambda weight: False)
+    monkeypatch.setattr(Linear, "add", add)
+    adapted = Adapted(build(make("qwen3")), triton=True, ranks=RANKS)
+    assert not added
+    assert adapted.run() == expected
+    assert added > 0
+
+
+@here
 @pytest.mark.skipif(not GPU, reason="CUDA C++")
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
 def test_a_step_of_few_rows_in_bfloat16_is_as_exact_as_one_by_the_library(name: str) -> None:
@@ -177,9 +198,9 @@ def test_a_step_of_few_rows_in_bfloat16_is_as_exact_as_one_by_the_library(name: 
     ranks = {b"one": 16, b"more": 40}
     expected = logits_of(Adapted(exact, triton=True, ranks=ranks))
     few = Adapted(model, triton=True, ranks=ranks)
-    assert model.fuses
+    assert model.few
     got = logits_of(few)
-    model.fuses = False
+    model.few = 0
     by_library = logits_of(few)
     error, least = ((one.double() - expected.double()).square().mean().sqrt() for one in (got, by_library))
     assert not torch.equal(got, by_library)
@@ -194,7 +215,7 @@ def test_graphs_of_few_rows_in_bfloat16_give_the_tokens_of_steps_without(name: s
     for graphs in (True, False):
         model = build(make(name, torch.bfloat16).cuda())
         adapted = Adapted(model, triton=True, ranks=RANKS)
-        assert model.fuses
+        assert model.few
         if not graphs:
             adapted.runner.graphs = None
         got.append(adapted.run())

@@ -1,4 +1,4 @@
-// In the place of engine/kernels/bulk.cuh. A copy takes its time: it is done, in any order, when somebody waits.
+// In the place of engine/kernels/bulk.cuh. A copy takes its time: it is done some time later, while somebody waits, and some take long.
 
 constexpr int BOX = 64, BOX_BYTES = 2 * BOX;
 
@@ -13,7 +13,17 @@ inline char* dynamic_memory() {
 
 struct Barrier { int arrivals = 0, left = 0, bytes = 0, phase = 0; };
 static std::map<u64*, Barrier> barriers;
-static std::vector<std::function<void()>> copies;
+
+struct Copy { u64 due; std::function<void()> make; };
+static std::vector<Copy> copies;
+static u64 waits;  // how often somebody found that he had to wait
+constexpr u64 LONG = 50000;  // of those: while a warp does much else
+
+static const bool hooked = (begin_block = [] {
+  memset(dynamic_memory(), 0xff, 1 << 17);  // no numbers
+  barriers.clear();
+  return copies.empty();
+}, true);
 
 inline void begin_barrier(u64* barrier, int arrivals) { barriers[barrier] = {arrivals, arrivals, 0, 0}; }
 
@@ -28,23 +38,26 @@ inline void arrive(u64* barrier) { change(barrier, 1, 0); }
 inline void arrive_expecting(u64* barrier, int bytes) { change(barrier, 1, bytes); }
 
 inline void wait_for_phase(u64* barrier, int phase) {
-  static std::mt19937 random;
   while (barriers.at(barrier).phase % 2 == phase % 2) {
-    if (!copies.empty()) {
-      std::swap(copies[random() % copies.size()], copies.back());
+    waits++;
+    for (size_t i = 0; i < copies.size(); i++) {
+      if (copies[i].due > waits) continue;
+      std::swap(copies[i], copies.back());
       const auto copy = copies.back();
       copies.pop_back();
-      copy();
-    } else {
-      swapcontext(&fibers[threadIdx.x].context, &turns);
+      copy.make();
+      break;
     }
+    if (!copies.empty()) progress++;
+    swapcontext(&fibers[threadIdx.x].context, &turns);
   }
 }
 
 inline void fetch(char* to, const Map* map, int column, int row, int matrix, u64* barrier) {
   if ((u64)to % 1024) abort();  // or the engine would put the 16 bytes of a row elsewhere
+  static std::mt19937 random;
   progress++;
-  copies.push_back([=] {
+  copies.push_back({waits + (random() % 8 == 0 ? LONG : random() % 64), [=] {
     const u64* words = map->words;
     const int rows = words[6];
     for (int r = 0; r < rows; r++)
@@ -56,7 +69,7 @@ inline void fetch(char* to, const Map* map, int column, int row, int matrix, u64
         memcpy(to + r * BOX_BYTES + (i / 8 ^ r % 8) * 16 + i % 8 * 2, &value, 2);
       }
     change(barrier, 0, -rows * BOX_BYTES);
-  });
+  }});
 }
 
 inline void fetch(char* to, const Map* map, int column, int row, u64* barrier) { fetch(to, map, column, row, 0, barrier); }

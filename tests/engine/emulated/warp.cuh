@@ -27,6 +27,7 @@ struct Fiber {
 };
 static std::vector<Fiber> fibers;
 static ucontext_t turns;
+static bool (*begin_block)() = [] { return true; };  // false: the block before left something undone
 static u32 progress;  // how often a fiber ended, or all met
 
 // Where threads wait for each other.
@@ -52,7 +53,7 @@ inline Quad load(const void* at) {
 }
 
 inline Quad load_constant(const void* at) { return load(at); }
-inline Quad load_near(const void* at) { return load(at); }
+inline Quad load_common_constant(const void* at) { return load(at); }
 inline Quad load_shared(const void* at) { return load(at); }
 inline Quad load_where(const void* at, bool inside) { return inside ? load(at) : Quad{}; }
 
@@ -124,7 +125,7 @@ inline u32 take_ticket(u32* tickets) { return (*tickets)++; }
 inline float load_far(const float* at) { return *at; }
 inline void wait_for_kernel_before() {}
 
-// As cuLaunchKernel does it, `values` are the addresses of the arguments. Returns 0; or 1 if threads wait for some that never come.
+// As cuLaunchKernel does it, `values` are the addresses of the arguments. Returns 0; or 1 if threads wait for some that never come, or for none of what they began.
 template <class... Arguments, size_t... i>
 int launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, void** values, std::index_sequence<i...>) {
   static void (*body)(void**);
@@ -137,6 +138,7 @@ int launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, void** values,
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);  // none may count on those before it
   for (u32 block : order) {
+    if (!begin_block()) return 1;
     blockIdx.x = block;
     fibers = std::vector<Fiber>(threads);
     for (Fiber& fiber : fibers) {
