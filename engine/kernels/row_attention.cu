@@ -2,10 +2,15 @@
 // values can be read as we know how. Where rows are few the keys of each are split among several blocks, and the one that ends last merges
 // them.
 //
-// Eight warps share the keys of a block, sixteen at a time for each, and their sums meet in shared memory. As in few_rows.cu, which of the
-// indices is which inside a tensor core's instruction does not matter as long as both operands agree: so keys and values go from memory to
-// where they are multiplied, 16 bytes a thread, without a detour through shared memory. Two blocks stay on a multiprocessor, and each warp
-// has its next keys on their way while it weighs the values of these; so one block's beginning, which is all waiting, costs nothing.
+// The warps of a block share its keys, a unit of sixteen at a time for each, and their sums meet in shared memory. As in few_rows.cu, which of
+// the indices is which inside a tensor core's instruction does not matter as long as both operands agree: so a thread reads keys and values
+// 16 bytes at a time. There are two ways:
+//
+// - From memory to where they are multiplied, without a detour through shared memory. Two blocks stay on a multiprocessor, and each warp has
+//   its next keys on their way while it weighs the values of these; so one block's beginning, which is all waiting, costs nothing.
+// - In bulk, where rows are many: one more warp asks for all of it, RING units ahead, and the copy engine puts them into shared memory, so that
+//   two blocks have 192 KiB on their way, whatever their other warps do. A warp has the same places of the ring each time: who does not see all
+//   phases of a barrier cannot tell them apart.
 //
 //     scores   queries [16 heads, dims] times keys [dims, 8]: a thread has 8 dims of one key; of 16 heads at most 8 are there
 //     sums     values [16 dims, 16 keys] times weights [16 keys, 8 heads]: a thread has 8 dims of four keys, two of which make a pair for
@@ -14,16 +19,19 @@
 // Heads are normed and turned here, and the newest key and value, which are in the fused product with the queries, go to the pool; all
 // others are of earlier steps, so the first are on their way before the product is done. Numbers are bfloat16.
 //
-// Defined by who compiles this: WARPS, HEADS, KV_HEADS, DIM (64 or 128), SIZE (keys in a block of the pool, a multiple of 16), PAIRS (that are
-// turned), NORM (of heads: 0, or 1), WINDOW.
+// Defined by who compiles this: WARPS (that attend), RING (0: not in bulk), HEADS, KV_HEADS, DIM (64 or 128), SIZE (keys in a block of the
+// pool, a multiple of 16), PAIRS (that are turned), NORM (of heads: 0, or 1), WINDOW.
 
 #include "warp.cuh"
+#include "bulk.cuh"
 
 constexpr int UNIT = 16;  // keys
 constexpr int SHARED = HEADS / KV_HEADS, MOST = 8;  // heads of a block, and of an instruction
-static_assert(SHARED <= MOST && SIZE % UNIT == 0 && DIM % 64 == 0 && 2 * PAIRS <= DIM, "no such shapes");
-constexpr int PARTS = DIM / 32, CHUNKS = DIM / 64;
-constexpr int LINE = DIM + 32;  // of a head in shared memory: neighbours are in other banks
+static_assert(SHARED <= MOST && SIZE % UNIT == 0 && DIM % BOX == 0 && 2 * PAIRS <= DIM && RING % WARPS == 0, "no such shapes");
+constexpr bool BULK = RING > 0;
+constexpr int THREADS = 32 * (BULK ? WARPS + 1 : WARPS), PARTS = DIM / 32, CHUNKS = DIM / BOX;
+constexpr int OF_BOX = UNIT * BOX_BYTES, OF_KEYS = CHUNKS * OF_BOX;  // bytes; those of a unit's values come after those of its keys
+constexpr int LINE = DIM + (BULK ? 8 : 32);  // of a head in shared memory: neighbours are in other banks
 constexpr float LOG2_E = 1.4426950408889634f, NOTHING = -3e38f;  // of scores: below any
 
 __device__ inline u32 word(const Quad& q, int i) { return i == 0 ? q.a : i == 1 ? q.b : i == 2 ? q.c : q.d; }
@@ -55,12 +63,13 @@ __device__ inline void turn(const unsigned short* head, const unsigned short* we
   for (int i = 0; i < PARTS; i++) shared[lane + 32 * i] = (unsigned short)both(x[i], x[i]);
 }
 
-// qkv [rows, HEADS + 2 * KV_HEADS, DIM], a row every qkv_row numbers; keys and values [blocks, KV_HEADS, SIZE, DIM]; out [rows, HEADS, DIM].
+// qkv [rows, HEADS + 2 * KV_HEADS, DIM], a row every qkv_row numbers; keys and values [blocks, KV_HEADS, SIZE, DIM], and in bulk as matrices
+// of as many rows of DIM, in boxes of UNIT rows; out [rows, HEADS, DIM].
 // A row has up to `splits` blocks for each KV head, and one more only where those before have `least` units of keys each; what they leave for
 // the last of them is in `parts` [rows, HEADS, splits, DIM + 2], and `tickets` [rows, KV_HEADS] are zero before and after. The rest is as in
 // decode_attention.py.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
-    const unsigned short* qkv, unsigned short* keys, unsigned short* values, unsigned short* out, const s64* slots, const s64* starts,
+extern "C" __global__ void __launch_bounds__(THREADS, 2) row_attention(
+    const __grid_constant__ Map key_boxes, const __grid_constant__ Map value_boxes, const unsigned short* qkv, unsigned short* keys, unsigned short* values, unsigned short* out, const s64* slots, const s64* starts,
     const s64* places, const int* table, const s64* count, const unsigned short* weights, const float* cos, const float* sin, float* parts,
     u32* tickets, u64 qkv_row, int columns, int window, int splits, int least, float scaling, float epsilon) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
@@ -70,10 +79,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
   const int* entries = table + slots[row] * columns;
   const int first = low / UNIT, all = (high + UNIT - 1) / UNIT - first;
   const int blocks = min(splits, max(1, (all + least - 1) / least)), share = (all + blocks - 1) / blocks;  // with work, and for each
-  const int units = min(first + all, first + (split + 1) * share);
+  const int begin = first + split * share, units = min(first + all, begin + share);
   if (split >= blocks) return;  // makes room for the next kernel's first blocks
   __shared__ __align__(16) unsigned short queries[MOST * LINE], newest_key[DIM], newest_value[DIM];
-  __shared__ float bests[WARPS + 1][MOST], totals[WARPS + 1][MOST], sums[WARPS][SHARED][DIM];
+  __shared__ float bests[WARPS + 1][MOST], totals[WARPS + 1][MOST], own_sums[BULK ? 1 : WARPS * SHARED * DIM];
+  __shared__ u64 full[BULK ? RING : 1], empty[BULK ? RING : 1];
+  char* ring = BULK ? dynamic_memory() : nullptr;
+  float* sums = BULK ? (float*)ring : own_sums;  // [warp, head, dim]
 
   Quad k[2][PARTS], v[4][CHUNKS];
   const auto line_of = [&](int unit, int block) { return (((s64)block * KV_HEADS + kv_head) * SIZE + unit * UNIT % SIZE) * DIM; };
@@ -95,16 +107,41 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
   };
   const auto block_of = [&](int unit) { return unit < units ? entries[unit * UNIT / SIZE] : 0; };
 
-  int unit = first + split * share + warp, next_block = block_of(unit + WARPS);
-  if (unit < units) {
+  // By a whole warp, units `from` to `to` counted from the first of this block: entries of the table are read many at once.
+  const auto fetch_units = [&](int from, int to) {
+    for (int some = from; some < to; some += 32) {
+      const int mine = block_of(begin + some + lane);
+      for (int i = some; i < min(some + 32, to); i++) {
+        const int line = (from_lane(mine, i - some) * KV_HEADS + kv_head) * SIZE + (begin + i) * UNIT % SIZE;
+        if (lane != 0) continue;
+        u64* barrier = full + i % RING;
+        char* place = ring + i % RING * 2 * OF_KEYS;
+        if (i >= RING) wait_for_phase(empty + i % RING, i / RING - 1);
+        arrive_expecting(barrier, 2 * OF_KEYS);
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) fetch(place + c * OF_BOX, &key_boxes, c * BOX, line, barrier);
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) fetch(place + OF_KEYS + c * OF_BOX, &value_boxes, c * BOX, line, barrier);
+      }
+    }
+  };
+
+  int unit = begin + warp, next_block = 0;
+  if (!BULK) {
+    next_block = block_of(unit + WARPS);
     const int block = block_of(unit);
-    load_keys(unit, block), load_values(unit, block);
+    if (unit < units) load_keys(unit, block), load_values(unit, block);
+  } else if (warp == WARPS) {
+    if (lane == 0) {
+      for (int i = 0; i < RING; i++) begin_barrier(full + i, 1), begin_barrier(empty + i, 1);
+    }
+    fetch_units(0, min(RING, units - begin));
   }
-  for (int at = threadIdx.x; at < (MOST - SHARED) * LINE; at += 32 * WARPS) queries[SHARED * LINE + at] = 0;
+  for (int at = threadIdx.x; at < (MOST - SHARED) * LINE; at += THREADS) queries[SHARED * LINE + at] = 0;
   wait_for_kernel_before();
   if (!there) return;
 
-  for (int one = warp; one < (split == 0 ? SHARED + 2 : SHARED); one += WARPS) {  // the newest key and value are the first block's
+  for (int one = warp; warp < WARPS && one < (split == 0 ? SHARED + 2 : SHARED); one += WARPS) {  // the newest key and value are the first block's
     const unsigned short* product = qkv + row * qkv_row;
     const s64 place = places[row];
     const s64 newest = ((place / SIZE * KV_HEADS + kv_head) * SIZE + place % SIZE) * DIM;
@@ -129,20 +166,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
 
   const float factor = scaling * LOG2_E;
   float best = NOTHING, total = 0.0f, sum[8][4] = {};  // best, total: of head `group`; total: of this thread's keys
+  if (BULK && warp == WARPS) fetch_units(RING, units - begin), unit = units;
   while (unit < units) {
-    const int after = unit + WARPS, block = next_block;
-    next_block = block_of(after + WARPS);
+    const int after = unit + WARPS, block = next_block, place = BULK ? (unit - begin) % RING : 0;
+    const char* boxes = ring + place * 2 * OF_KEYS;
+    if (BULK) wait_for_phase(full + place, (unit - begin) / RING);
+    else next_block = block_of(after + WARPS);
     float scores[2][4] = {};
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-      const Quad q = load_shared(queries + group * LINE + quarter * 8 + i * 32);
+      const int eighth = BULK ? i % 2 + 2 * quarter : quarter + i % 2 * 4;  // of 64 dims
+      const Quad q = load_shared(queries + group * LINE + i / 2 * BOX + eighth * 8);
 #pragma unroll
       for (int tile = 0; tile < 2; tile++) {
+        if (BULK) k[tile][i] = load_shared(boxes + i / 2 * OF_BOX + (tile * 8 + group) * BOX_BYTES + (eighth ^ group) * 16);
         multiply(scores[tile], q.a, 0, q.b, 0, k[tile][i].a, k[tile][i].b);
         multiply(scores[tile], q.c, 0, q.d, 0, k[tile][i].c, k[tile][i].d);
       }
     }
-    if (after < units) load_keys(after, block);
+    if (BULK) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int key = 2 * quarter + i / 2 * 8 + i % 2;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+          v[i][c] = load_shared(boxes + OF_KEYS + c * OF_BOX + key * BOX_BYTES + (group ^ key % 8) * 16);
+          if (unit * UNIT + key >= high) v[i][c] = {0, 0, 0, 0};  // what nobody wrote may be no number at all
+        }
+      }
+      meet_warp();
+      if (lane == 0) arrive(empty + place);
+    } else if (after < units) {
+      load_keys(after, block);
+    }
     float top = NOTHING;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -167,20 +223,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
       const auto pair = [&](int key, int c) { return c < CHUNKS ? pick_half(word(v[key][c], i / 2), word(v[key + 1][c], i / 2), i % 2) : 0; };
       multiply(sum[i], pair(0, 0), pair(0, CHUNKS - 1), pair(2, 0), pair(2, CHUNKS - 1), of_first, of_second);
     }
-    if (after < units) load_values(after, block);
+    if (!BULK && after < units) load_values(after, block);
     unit = after;
   }
 
   total = sum_of_four(total);
-  if (quarter == 0) bests[warp][group] = best, totals[warp][group] = total;
+  if (BULK) __syncthreads();  // all units were read: the sums take their place
+  if (warp < WARPS) {
+    if (quarter == 0) bests[warp][group] = best, totals[warp][group] = total;
 #pragma unroll
-  for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i++)
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
+      for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-      for (int j = 0; j < 2; j++)
-        if (2 * quarter + j < SHARED) sums[warp][2 * quarter + j][c * 64 + group * 8 + i] = sum[i][2 * c + j];
-  for (int head = warp; head < SHARED; head += WARPS) {
+        for (int j = 0; j < 2; j++)
+          if (2 * quarter + j < SHARED) sums[(warp * SHARED + 2 * quarter + j) * DIM + c * BOX + group * 8 + i] = sum[i][2 * c + j];
+  }
+  for (int head = warp; warp < WARPS && head < SHARED; head += WARPS) {
     float score = 0.0f;
     for (int d = lane; d < DIM && split == 0; d += 32) score += number(queries + head * LINE + d) * number(newest_key + d);
     score = sum_of_warp(score);
@@ -191,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
     out[((u64)row * HEADS + kv_head * SHARED + head) * DIM + d] = (unsigned short)both(y, y);
   };
   const auto part_of = [&](int head, int one) { return parts + (((u64)row * HEADS + kv_head * SHARED + head) * splits + one) * (DIM + 2); };
-  for (int at = threadIdx.x; at < SHARED * DIM; at += 32 * WARPS) {
+  for (int at = threadIdx.x; at < SHARED * DIM; at += THREADS) {
     const int head = at / DIM, d = at % DIM;
     float highest = NOTHING, whole = 0.0f, y = 0.0f;
 #pragma unroll
@@ -200,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
     for (int part = 0; part <= WARPS; part++) {
       const float weight = bests[part][head] == NOTHING ? 0.0f : exp2f(bests[part][head] - highest);
       whole += weight * totals[part][head];
-      if (part < WARPS || split == 0) y += weight * (part < WARPS ? sums[part][head][d] : number(newest_value + d));
+      if (part < WARPS || split == 0) y += weight * (part < WARPS ? sums[(part * SHARED + head) * DIM + d] : number(newest_value + d));
     }
     if (blocks == 1) {
       write(head, d, y / whole);
@@ -217,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) row_attention(
   if (threadIdx.x == 0) before = take_ticket(tickets + row * KV_HEADS + kv_head);
   __syncthreads();
   if (before + 1 < blocks) return;
-  for (int at = threadIdx.x; at < SHARED * DIM; at += 32 * WARPS) {
+  for (int at = threadIdx.x; at < SHARED * DIM; at += THREADS) {
     const int head = at / DIM, d = at % DIM;
     float highest = NOTHING, whole = 0.0f, y = 0.0f;
     for (int one = 0; one < blocks; one++) highest = fmaxf(highest, load_far(part_of(head, one) + DIM));

@@ -13,9 +13,10 @@ from penstock.engine.attention.base import LayerShape
 from penstock.engine.kernels import row_attention
 from penstock.engine.kernels.decode_attention import Decodes, Turns
 from penstock.engine.kernels.row_attention import Split, attend_rows, split_for, suits_rows
+from penstock.engine.kernels.tensor_map import can_copy_boxes
 
 from .attending import make_step, naive
-from .emulating import emulated_rows
+from .emulating import emulated_boxes, emulated_rows
 from .interpreted import DEVICE, GPU
 from .multiplying import rms
 
@@ -30,6 +31,7 @@ NOWHERE = 2  # rows of a graph that are nobody's
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
         monkeypatch.setattr(row_attention, "_kernel", emulated_rows)
+        monkeypatch.setattr(row_attention, "map_boxes", emulated_boxes)
 
 
 def turned(x: Tensor, weights: Tensor | None, positions: Tensor, pairs: int) -> Tensor:
@@ -42,15 +44,20 @@ def turned(x: Tensor, weights: Tensor | None, positions: Tensor, pairs: int) -> 
     return torch.cat((one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin(), rest), -1)
 
 
-@pytest.mark.parametrize(("norm", "splits"), [(False, 1), (True, 1), (True, 2), (False, 16)])
+@pytest.mark.parametrize(
+    ("norm", "splits", "bulk"), [(False, 1, False), (True, 1, True), (True, 2, False), (False, 2, True), (False, 16, False)]
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "size", "pairs", "window"),
     [(16, 8, 128, 16, 64, None), (8, 2, 128, 16, 64, 40), (14, 2, 64, 32, 32, None), (8, 1, 64, 16, 16, 7), (3, 3, 128, 32, 32, None)],
 )
 def test_rows_attend_with_heads_of_the_product(
     heads: int, kv_heads: int, dim: int, size: int, pairs: int, window: int | None, norm: bool, splits: int,
-    monkeypatch: pytest.MonkeyPatch,
+    bulk: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    if GPU and bulk and not can_copy_boxes(DEVICE):
+        pytest.skip("the device does not copy in bulk")
+    monkeypatch.setattr(row_attention, "suits_bulk", lambda *_: bulk)
     monkeypatch.setattr(row_attention, "split_for", lambda *_: Split(splits, 1 if splits > 2 else 8))
     positions = [0, 1, 15, 16, 17, 130, LONGEST]
     shape = LayerShape(heads, kv_heads, dim, dim, dim**-0.5, window=window)
