@@ -69,9 +69,10 @@ __device__ inline void turn(const unsigned short* head, const unsigned short* we
 // the last of them is in `parts` [rows, HEADS, splits, DIM + 2], and `tickets` [rows, KV_HEADS] are zero before and after. The rest is as in
 // decode_attention.py.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) row_attention(
-    const __grid_constant__ Map key_boxes, const __grid_constant__ Map value_boxes, const unsigned short* qkv, unsigned short* keys, unsigned short* values, unsigned short* out, const s64* slots, const s64* starts,
-    const s64* places, const int* table, const s64* count, const unsigned short* weights, const float* cos, const float* sin, float* parts,
-    u32* tickets, u64 qkv_row, int columns, int window, int splits, int least, float scaling, float epsilon) {
+    const __grid_constant__ Map key_boxes, const __grid_constant__ Map value_boxes, const unsigned short* qkv, unsigned short* keys,
+    unsigned short* values, unsigned short* out, const s64* slots, const s64* starts, const s64* places, const int* table, const s64* count,
+    const unsigned short* weights, const float* cos, const float* sin, float* parts, u32* tickets, u64 qkv_row, int columns, int window,
+    int splits, int least, float scaling, float epsilon) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
   const int kv_head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS % splits, row = blockIdx.x / KV_HEADS / splits;
   const bool there = row < count[0];
@@ -141,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) row_attention(
   wait_for_kernel_before();
   if (!there) return;
 
-  for (int one = warp; warp < WARPS && one < (split == 0 ? SHARED + 2 : SHARED); one += WARPS) {  // the newest key and value are the first block's
+  // The newest key and value are the first block's.
+  for (int one = warp; warp < WARPS && one < (split == 0 ? SHARED + 2 : SHARED); one += WARPS) {
     const unsigned short* product = qkv + row * qkv_row;
     const s64 place = places[row];
     const s64 newest = ((place / SIZE * KV_HEADS + kv_head) * SIZE + place % SIZE) * DIM;

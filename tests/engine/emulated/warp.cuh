@@ -125,7 +125,8 @@ inline u32 take_ticket(u32* tickets) { return (*tickets)++; }
 inline float load_far(const float* at) { return *at; }
 inline void wait_for_kernel_before() {}
 
-// As cuLaunchKernel does it, `values` are the addresses of the arguments. Returns 0; or 1 if threads wait for some that never come, or for none of what they began.
+// As cuLaunchKernel does it, `values` are the addresses of the arguments. Returns 0; or 1 if threads wait for some that never come, or for
+// none of what they began.
 template <class... Arguments, size_t... i>
 int launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, void** values, std::index_sequence<i...>) {
   static void (*body)(void**);
