@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.bench.case import Case, Subject
-from penstock.engine.bench.products import product_weights, products
+from penstock.engine.bench.products import are_few, product_weights, products
 from penstock.engine.lora.adapters import choose_backend
 from penstock.engine.lora.base import Adapted, AdaptedRows, AdapterBackend, can_join
 from penstock.engine.lora.layout import RANKS, Group, PagePool, Place, Site, layout_of
@@ -82,12 +82,10 @@ def _few(
     subject: Subject, weights: Sequence[Tensor], places: Sequence[Place], backend: AdapterBackend, x: Tensor
 ) -> list[Callable[[], Tensor]]:
     """The same as steps of few rows do it, where the product begins what adapters add; none if x has too many, or there is no such way."""
-    if not can_join(backend) or subject.device.type != "cuda" or subject.dtype != torch.bfloat16:
+    if not can_join(backend) or not are_few(subject, len(x)):
         return []
-    from penstock.engine.kernels.few_rows import most_rows, multiply_few  # Triton comes with CUDA builds of torch only
+    from penstock.engine.kernels.few_rows import multiply_few  # Triton comes with CUDA builds of torch only
 
-    if len(x) > most_rows([(outer, inner) for inner, outer in products(subject).values()], subject.device):
-        return []
     triton = backend
 
     def multiply(weight: Tensor, place: Place) -> Tensor:

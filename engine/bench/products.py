@@ -29,14 +29,21 @@ def time_head(subject: Subject, rows: int) -> Iterator[Case]:
     yield product_case(subject, "head", rows, subject.hidden, subject.decoder.vocab_size)
 
 
+def are_few(subject: Subject, rows: int) -> bool:
+    """Whether steps of so many rows have products of their own."""
+    if subject.device.type != "cuda" or subject.dtype != torch.bfloat16:
+        return False
+    from penstock.engine.kernels.few_rows import most_rows  # Triton comes with CUDA builds of torch only
+
+    return rows <= most_rows([(outer, inner) for inner, outer in products(subject).values()], subject.device)
+
+
 def time_few(subject: Subject, rows: int) -> Iterator[Case]:
     """Those of a layer as steps of few rows do them, with the norm before them, or the sum or gate after them."""
-    if not subject.fused or subject.device.type != "cuda" or subject.dtype != torch.bfloat16:
+    if not subject.fused or not are_few(subject, rows):
         return
-    from penstock.engine.kernels.few_rows import most_rows, multiply_few  # Triton comes with CUDA builds of torch only
+    from penstock.engine.kernels.few_rows import multiply_few  # Triton comes with CUDA builds of torch only
 
-    if rows > most_rows([(outer, inner) for inner, outer in products(subject).values()], subject.device):
-        return
     norm, activation = Norm(subject.draw(subject.hidden), subject.decoder.epsilon), subject.decoder.activation
     for name, (inner, outer) in products(subject).items():
         x, out = subject.draw(rows, inner), subject.draw(rows, outer)
