@@ -86,7 +86,7 @@ class Crew:
         while (news := forks.born()) is not None:
             worker = by_incarnation.get(news[0])
             if worker is not None:
-                self.mail.watch(worker.born(news[1]))
+                self._born(worker, news[1])
                 self._barren = 0
         still = forks.stalled(now, self.config.stall_timeout, self.config.start_timeout)
         if still is not None or forks.gone():
@@ -103,12 +103,25 @@ class Crew:
                     worker.close()  # should it have been born after all, that ends it
                     self._hire((worker.post.kind, worker.post.index))
 
+    def _born(self, worker: ProcessWorker, pid: int) -> None:
+        """Both the fork server and the actor tell its process id, and either may be the first."""
+        if not worker.pid:
+            self.mail.watch(worker.born(pid))
+
     # ── while it runs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def sender(self, message: Up | Ready | Heartbeat | Died) -> Worker | None:
         """Who sent this, unless it has been replaced since."""
         worker = self.workers.get((message.kind, message.index))
         return worker if worker is not None and worker.post.incarnation == message.incarnation else None
+
+    def listens(self, worker: Worker, address: str, pid: int) -> None:
+        """An actor is up: it can be told things."""
+        if isinstance(worker, ProcessWorker):
+            self._born(worker, pid)
+        worker.up = True
+        self.mail.connect((worker.post.kind, worker.post.index), address)
+        self.announce()
 
     def begin(self, worker: Worker, facts: dict[str, Any], now: float) -> None:
         """An actor is ready."""

@@ -92,9 +92,7 @@ class Supervisor:
     def _up(self, message: Up) -> None:
         worker = self.crew.sender(message)
         if worker is not None:
-            worker.up = True
-            self.mail.connect((message.kind, message.index), message.address)
-            self.crew.announce()
+            self.crew.listens(worker, message.address, message.pid)
 
     def _ready(self, message: Ready) -> None:
         worker = self.crew.sender(message)

@@ -92,7 +92,7 @@ class Worker(ABC):
 
 
 class ProcessWorker(Worker):
-    """A process, asked of the fork server. Until that answers it has no process id."""
+    """A process, asked of the fork server. Until that answers, or the process itself is heard of, it has no process id."""
 
     def __init__(self, post: Post, forks: ForkServer) -> None:
         super().__init__(post)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from penstock.actors.config import EngineConfig
 from penstock.actors.crew import Crew
 from penstock.actors.log import open_log
 from penstock.actors.mailbox import Mailbox
+from penstock.actors.messages import Up
+from penstock.actors.supervisor import PR_SET_CHILD_SUBREAPER
 from penstock.actors.worker import Worker
 from penstock.actors.workplace import Workplace
 
@@ -37,19 +40,35 @@ class Killed(Worker):
 
 
 @pytest.fixture
-def crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
-    """One that hires nobody: what it would have hired is in `hired`."""
+def hiring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    """A crew as the supervisor has it, which has hired nobody yet."""
+    folder = tmp_path_factory.mktemp("e")  # a socket's path is short
     context: zmq.Context[Any] = zmq.Context()
-    mail = Mailbox(context, "inproc://supervisor")
-    workplace = Workplace(str(tmp_path / "place"))
-    log = open_log("error", str(tmp_path / "log"))
-    made = Crew(EngineConfig(executor="mock"), context, workplace, mail, "inproc://supervisor", "d", log)
-    made.started = True
-    monkeypatch.setattr(made, "_hire", lambda key: made.workers.pop(key))
-    yield made
+    workplace = Workplace(str(folder / "place"))
+    address = workplace.address("ipc://", "supervisor")
+    mail = Mailbox(context, address)
+    log = open_log("error", str(folder / "log"))
+    yield Crew(EngineConfig(executor="mock", log_file=str(folder / "log")), context, workplace, mail, address, f"ipc://{folder}/door", log)
     mail.close()
     workplace.close()
     context.destroy(linger=0)
+
+
+@pytest.fixture
+def crew(hiring: Crew, monkeypatch: pytest.MonkeyPatch) -> Crew:
+    """One that has started, and hires nobody from now on."""
+    hiring.started = True
+    monkeypatch.setattr(hiring, "_hire", lambda key: hiring.workers.pop(key))
+    return hiring
+
+
+@pytest.fixture
+def adopting() -> Iterator[None]:
+    """Orphans of this process's descendants become its children, as they become the supervisor's."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def bury(crew: Crew, key: PeerKey, starved: list[int], monkeypatch: pytest.MonkeyPatch) -> Worker:
@@ -89,3 +108,34 @@ def test_a_pause_of_the_whole_machine_makes_nobody_a_laggard(crew: Crew) -> None
     crew.forgive(60.0)
     assert worker.stalled(165.0, 10.0) is None
     assert worker.stalled(171.0, 10.0) == 11.0
+
+
+@pytest.mark.usefixtures("adopting")
+def test_an_actor_that_is_heard_of_before_the_fork_server_tells_of_it_is_known_by_its_own_word(hiring: Crew) -> None:
+    """Both write at about the same time, through two sockets."""
+    hiring._open_forks()
+    key = "detokenizer", 0
+    hiring._hire(key)
+    worker = hiring.workers[key]
+    try:
+        while not isinstance(up := hiring.mail.receive(), Up):
+            hiring.mail.wait(1.0)
+        assert hiring.sender(up) is worker
+        assert worker.pid == 0  # nobody has listened to the fork server
+        hiring.listens(worker, up.address, up.pid)
+        hiring.begin(worker, {}, time.monotonic())
+        ((kind, index, _, state, pid, *_),) = hiring.vitals(time.monotonic())
+        assert (kind, index, state, pid) == (*key, "ready", up.pid)
+        descriptor = worker.pidfd
+        assert hiring._forks is not None
+        while hiring._forks.control.fileno() not in hiring.mail.wait(1.0):
+            pass
+        hiring.look(time.monotonic())  # now the fork server is heard
+        assert (worker.pid, worker.pidfd) == (up.pid, descriptor)
+        worker.kill()
+        while descriptor not in hiring.mail.wait(1.0):
+            pass
+        assert worker.gone()
+        assert worker.killed()
+    finally:
+        hiring.dismiss()
