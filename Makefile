@@ -22,10 +22,10 @@ REQUESTS ?= 1000000
 demo: install
 	$(BIN)/penstock demo
 
-# Both cores at once: what computes beside what mostly waits. Either failing fails the whole.
+# Both cores at once, about as long each. Either failing fails the whole.
 test: check
-	$(BIN)/python -m pytest tests/engine tests/models tests/test_package.py & first=$$!; \
-	$(BIN)/python -m pytest tests/actors tests/clients; second=$$?; wait $$first && exit $$second
+	$(BIN)/python -m pytest tests/engine tests/models tests/clients tests/test_package.py & first=$$!; \
+	$(BIN)/python -m pytest tests/actors; second=$$?; wait $$first && exit $$second
 
 kernels: install
 	$(BIN)/python -m pytest -m apart tests/engine & first=$$!; \
