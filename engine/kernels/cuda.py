@@ -42,13 +42,13 @@ class CudaKernel:
     memory that a block is given beside what the function itself has."""
 
     def __init__(self, image: bytes, name: str, kinds: Iterable[Any], *, early: bool, shared: int = 0) -> None:
-        self.kinds, self.driver, self.shared = tuple(kinds), driver(), shared
+        self.kinds, self.shared = tuple(kinds), shared
         self.module, self.function = c_void_p(), c_void_p()
-        check(self.driver.cuModuleLoadData(byref(self.module), image))
-        check(self.driver.cuModuleGetFunction(byref(self.function), self.module, name.encode()))
+        check(driver().cuModuleLoadData(byref(self.module), image))
+        check(driver().cuModuleGetFunction(byref(self.function), self.module, name.encode()))
         if shared:
             for attribute, value in ((MOST_SHARED, shared), (SHARED_SHARE, 100)):
-                check(self.driver.cuFuncSetAttribute(self.function, attribute, value))
+                check(driver().cuFuncSetAttribute(self.function, attribute, value))
         self.attributes, self.count = (_Attribute * 1)(_Attribute(EARLY, 0, 1)), int(early)
 
     def launch(self, blocks: int, threads: int, *arguments: Any) -> None:
@@ -57,7 +57,7 @@ class CudaKernel:
         addresses = (c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream().cuda_stream
         launch = _Launch((c_uint * 3)(blocks, 1, 1), (c_uint * 3)(threads, 1, 1), self.shared, stream, self.attributes, self.count)
-        check(self.driver.cuLaunchKernelEx(byref(launch), self.function, addresses, None))
+        check(driver().cuLaunchKernelEx(byref(launch), self.function, addresses, None))
 
 
 def load_kernel(
@@ -66,7 +66,8 @@ def load_kernel(
     """The function `name` of a file, compiled with these `defines` for `device`, now if it never was; it may include what is beside it.
     See `CudaKernel` for `shared`. Raises `CudaError`; `OSError` without NVRTC or a driver."""
     major, minor = torch.cuda.get_device_capability(device)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
+    target = f"sm_{major}{minor}{'a' if major >= 9 else ''}"  # with what later devices may not have
+    options = [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
     text, included = source.read_bytes(), [path.read_bytes() for path in sorted(source.parent.glob("*.cuh"))]
     library, version = _nvrtc()
     key = hashlib.sha256(repr((text, included, options, version)).encode()).hexdigest()[:16]

@@ -24,6 +24,7 @@
 // (of activation; below 0: no gate), BIAS, ADD, ADAPTED (then there is no gate).
 
 #include "warp.cuh"
+#include "activation.cuh"
 #include "few_rows.cuh"
 
 constexpr int DEPTH = 4 / GROUPS;  // chunks of 32 of the inner dimension that are on their way
@@ -139,22 +140,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) few_rows(
     }
   }
   __syncthreads();
-  const auto sum_of = [&](const float* of_first, int size) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int part = 0; part < WARPS; part++) sum += of_first[part * size];
-    return sum;
-  };
   for (int at = threadIdx.x; at < ROWS * COLUMNS; at += 32 * WARPS) {
     const int column = at % COLUMNS, row = at / COLUMNS, o = first + column;
     if (row >= rows || (shrinks ? column >= 16 : o >= outs)) continue;
     const float* of_first = parts[0] + ((row / 8 * GROUPS + column / EACH) * 2 + column % EACH / 8) * 64 + row % 8 * 8 + column % 8;
-    const float factor = NORM ? rsqrtf(sum_of(lengths[0] + row, ROWS) / inner + epsilon) : 1.0f;
-    float y = sum_of(of_first, PARTS) * factor;
+    const float factor = NORM ? rsqrtf(sum_of<WARPS>(lengths[0] + row, ROWS) / inner + epsilon) : 1.0f;
+    float y = sum_of<WARPS>(of_first, PARTS) * factor;
     if (shrinks) {
       shrink.sums[((u64)unit * 16 + row) * 16 + column] = column < ranks ? y : 0.0f;
       continue;
     }
-    finish(y, GATED ? sum_of(of_first + 64, PARTS) * factor : 0.0f, bias, add, out, row, o, outs);
+    finish(y, GATED ? sum_of<WARPS>(of_first + 64, PARTS) * factor : 0.0f, bias, add, out, row, o, outs);
   }
 }

@@ -1,14 +1,5 @@
 // What the two kernels of few rows, few_rows.cu and few_rows_bulk.cu, have in common.
 
-constexpr bool GATED = KIND >= 0;
-
-__device__ inline float activate(float x) {
-  if (KIND == 0) return x / (1.0f + __expf(-x));
-  if (KIND == 1) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-  float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  return x * (1.0f - 1.0f / (__expf(2.0f * inner) + 1.0f));
-}
-
 __device__ inline void spread(const Quad& q, float* to) {
   to[0] = low(q.a), to[1] = high(q.a), to[2] = low(q.b), to[3] = high(q.b);
   to[4] = low(q.c), to[5] = high(q.c), to[6] = low(q.d), to[7] = high(q.d);
@@ -22,6 +13,15 @@ __device__ inline float scale(Quad& q, const float* factors) {
   for (int i = 0; i < 8; i++) squares += x[i] * x[i], x[i] *= factors[i];
   q = {both(x[0], x[1]), both(x[2], x[3]), both(x[4], x[5]), both(x[6], x[7])};
   return squares;
+}
+
+// The sum of what so many warps have, one number every `size`.
+template <int COUNT>
+__device__ inline float sum_of(const float* first, int size) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) sum += first[i * size];
+  return sum;
 }
 
 // Write one number of the result: `y` is the sum of its column; `up`, with a gate, that of the column which it is multiplied with.

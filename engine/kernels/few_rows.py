@@ -167,7 +167,7 @@ def multiply_few(
     written = (None if add is None else add.data_ptr(), out.data_ptr())
     sizes = (rows, inner, outer, 0.0 if norm is None else norm.epsilon, Shrink() if shrink is None else shrink.to_c())
     more, processors = 0 if shrink is None else shrink.blocks, processors_of(x.device)
-    if suits_bulk(x, weight):
+    if copies_weight(x, weight):
         stages = stages_for(weight.shape[0], tiles, processors)
         columns = COLUMNS * stages.groups
         maps = (map_boxes(x, 8 * tiles), map_boxes(weight, columns if activation is None else columns // 2))
@@ -184,7 +184,7 @@ def multiply_few(
     return out
 
 
-def suits_bulk(x: Tensor, weight: Tensor) -> bool:
+def copies_weight(x: Tensor, weight: Tensor) -> bool:
     """Whether bulk copies are possible, and the faster way."""
     return weight.nbytes >= LARGE and len(x) <= BULK_FEW and x.stride(0) % 8 == 0 and can_copy_boxes(x.device)
 

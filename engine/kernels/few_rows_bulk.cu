@@ -16,6 +16,7 @@
 
 #include "warp.cuh"
 #include "bulk.cuh"
+#include "activation.cuh"
 #include "few_rows.cuh"
 
 constexpr int WARPS = ALONG * ACROSS, THREADS = 32 * (WARPS + 1), EACH = (GROUPS + ACROSS - 1) / ACROSS;
@@ -156,17 +157,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_rows_bulk(
     }
   }
   __syncthreads();
-  const auto sum_of = [&](const float* of_first, int size) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < ALONG; i++) sum += of_first[i * size];
-    return sum;
-  };
-  const auto factor_of = [&](int row) { return NORM ? rsqrtf(sum_of(lengths[0] + row, ROWS) / inner + epsilon) : 1.0f; };
+  const auto factor_of = [&](int row) { return NORM ? rsqrtf(sum_of<ALONG>(lengths[0] + row, ROWS) / inner + epsilon) : 1.0f; };
   if (shrinks) {
     for (int at = threadIdx.x; at < (int)job[2] * 16; at += THREADS) {
       const int column = at % 16, row = (int)shrink.tokens[job[1] + at / 16];
-      const float y = sum_of(parts + row * LINE + column, ROWS * LINE) * factor_of(row);
+      const float y = sum_of<ALONG>(parts + row * LINE + column, ROWS * LINE) * factor_of(row);
       shrink.sums[(u64)unit * 256 + at] = column < ranks ? y : 0.0f;
     }
     return;
@@ -176,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_rows_bulk(
     if (o >= outs) continue;
     const float* of_first = parts + row * LINE + (GATED ? column / 8 * 16 + column % 8 : column);
     const float factor = factor_of(row);
-    finish(sum_of(of_first, ROWS * LINE) * factor, GATED ? sum_of(of_first + 8, ROWS * LINE) * factor : 0.0f, bias, add, out, row, o, outs);
+    const float y = sum_of<ALONG>(of_first, ROWS * LINE) * factor, up = GATED ? sum_of<ALONG>(of_first + 8, ROWS * LINE) * factor : 0.0f;
+    finish(y, up, bias, add, out, row, o, outs);
   }
 }

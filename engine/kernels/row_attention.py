@@ -84,7 +84,7 @@ def attend_rows(
     together, into the same of out `[tokens, heads, head_dim]`, contiguous; the newest keys and values are written to the pool. See
     `suits_rows`, and `attend_decodes`. Raises `CudaError` if the kernel cannot be compiled or launched."""
     heads, kv_heads, dim, rows = shape.heads, shape.kv_heads, shape.head_dim, decodes.rows
-    bulk = suits_bulk(rows * kv_heads, qkv.device)
+    bulk = copies_keys(rows * kv_heads, qkv.device)
     kernel = _kernel(qkv.device, bulk, *_values(shape, turns, keys))
     split = split_for(shape, rows, processors_of(qkv.device))
     parts = out if split.most == 1 else torch.empty(rows * heads * split.most * (dim + 2), dtype=torch.float32, device=qkv.device)
@@ -98,7 +98,7 @@ def attend_rows(
     )  # fmt: skip
 
 
-def suits_bulk(programs: int, device: torch.device) -> bool:
+def copies_keys(programs: int, device: torch.device) -> bool:
     """Whether to copy in bulk for so many KV heads of all rows."""
     return programs >= MANY and can_copy_boxes(device)
 

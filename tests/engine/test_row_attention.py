@@ -57,7 +57,7 @@ def test_rows_attend_with_heads_of_the_product(
 ) -> None:  # fmt: skip
     if GPU and bulk and not can_copy_boxes(DEVICE):
         pytest.skip("the device does not copy in bulk")
-    monkeypatch.setattr(row_attention, "suits_bulk", lambda *_: bulk)
+    monkeypatch.setattr(row_attention, "copies_keys", lambda *_: bulk)
     monkeypatch.setattr(row_attention, "split_for", lambda *_: Split(splits, 1 if splits > 2 else 8))
     positions = [0, 1, 15, 16, 17, 130, LONGEST]
     shape = LayerShape(heads, kv_heads, dim, dim, dim**-0.5, window=window)
