@@ -21,7 +21,7 @@ from penstock.engine.bench.case import Case, Subject, read_subject
 from penstock.engine.bench.ceilings import Ceilings, measure_ceilings
 from penstock.engine.bench.clock import time_calls
 from penstock.engine.bench.experts import time_experts
-from penstock.engine.bench.products import time_few, time_head, time_products
+from penstock.engine.bench.products import time_few, time_head, time_many, time_products
 from penstock.engine.model.load import DTYPES, read_config
 from penstock.engine.model.spec import read_spec
 
@@ -55,6 +55,7 @@ def cases(subject: Subject, rows: Iterable[int], keys: int) -> Iterator[Case]:
     """Made one after another, so that each may have the memory of the one before."""
     for count in rows:
         yield from chain(time_between(subject, count), time_products(subject, count), time_few(subject, count))
+        yield from time_many(subject, count)
         yield from chain(time_experts(subject, count), time_adapters(subject, count, min(count, SAMPLED)))
         if count <= SAMPLED:
             yield from chain(time_decodes(subject, count, keys), time_head(subject, count), time_sampling(subject, count))

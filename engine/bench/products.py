@@ -1,4 +1,5 @@
-"""The products of a decoder: those in a layer and the head, by the library or packed; and those of few rows, with what is around them."""
+"""The products of a decoder: those in a layer and the head, by the library or packed; those of few rows, with what is around them; and
+those of many, with the gate after them."""
 
 from __future__ import annotations
 
@@ -57,6 +58,22 @@ def time_few(subject: Subject, rows: int) -> Iterator[Case]:
             more, calls = inner, [partial(multiply_few, x, weight, None, norm=norm, activation=gate) for weight in weights]
         moved = (inner * outer + x.numel() + more + written) * subject.dtype.itemsize
         yield Case(f"{name}, few rows", f"{inner} to {outer}", rows, moved, 2 * rows * inner * outer, calls)
+
+
+def time_many(subject: Subject, rows: int) -> Iterator[Case]:
+    """Those of a layer as Hopper's tensor cores do them in our own kernel, with the gate after them."""
+    if not subject.fused or subject.dtype != torch.bfloat16 or are_few(subject, rows):
+        return
+    from penstock.engine.kernels.many_rows import multiply_many, suits_many  # Triton comes with CUDA builds of torch only
+
+    for name, (inner, outer) in products(subject).items():
+        x, weights = subject.draw(rows, inner), product_weights(subject, inner, outer)
+        if not suits_many(weights[0]):
+            continue
+        gate, written = (subject.decoder.activation, outer // 2) if name == "gate up" else (None, outer)
+        moved = (inner * outer + rows * (inner + written)) * subject.dtype.itemsize
+        calls = [partial(multiply_many, x, weight, gate) for weight in weights]
+        yield Case(f"{name}, many rows", f"{inner} to {outer}", rows, moved, 2 * rows * inner * outer, calls)
 
 
 def product_case(subject: Subject, name: str, rows: int, inner: int, outer: int) -> Case:

@@ -45,3 +45,46 @@ __device__ inline void fetch(char* to, const Map* map, int column, int row, int 
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
                :: "r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier)) : "memory");
 }
+
+// ── back to memory ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// What this thread has stored in shared memory, the copy engine sees after this.
+__device__ inline void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A box, from shared memory; nothing is written beyond the matrix.
+__device__ inline void store(const Map* map, const char* from, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
+               :: "l"(map), "r"(column), "r"(row), "r"(shared_address(from)) : "memory");
+}
+
+__device__ inline void end_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all that this thread has stored so has been read from shared memory.
+__device__ inline void wait_for_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// ── among blocks of a cluster ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+__device__ inline int rank_in_cluster() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return (int)rank;
+}
+
+// All threads of all blocks.
+__device__ inline void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// At the same barrier of the block that has this rank.
+__device__ inline void arrive_at(u64* barrier, int rank) {
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }"
+               :: "r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+
+// As `fetch`, into the memory of `blocks` blocks, the first of the cluster, and each of them hears of it at its own barrier.
+__device__ inline void fetch_for(int blocks, char* to, const Map* map, int column, int row, u64* barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+               " [%0], [%1, {%2, %3}], [%4], %5;"
+               :: "r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((unsigned short)((1 << blocks) - 1))
+               : "memory");
+}

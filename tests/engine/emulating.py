@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from penstock.engine.kernels import few_rows, row_attention
+from penstock.engine.kernels import few_rows, many_rows, row_attention
 from penstock.engine.kernels.tensor_map import TensorMap
 
 HEADERS, STANDARD = Path(__file__).with_name("emulated"), "standard.hpp"
@@ -42,7 +42,7 @@ class EmulatedKernel:
                 f'#include "{STANDARD}"\n'
                 '#include "kernel.cu"\n'
                 'extern "C" int run(unsigned blocks, unsigned threads, void** values) '
-                f"{{ return launch({name}, blocks, threads, values); }}\n"
+                f"{{ return launch({name}, blocks, threads, {defines.get('CLUSTER', 1)}, values); }}\n"
             )
             options = [*OPTIONS, "-shared", "-I", _headers().name, *(f"-D{key}={value}" for key, value in defines.items())]
             subprocess.run(["g++", *options, "-o", f"{folder}/kernel.so", f"{folder}/launch.cpp"], check=True)
@@ -79,3 +79,9 @@ def emulated_boxes(x: torch.Tensor, rows: int) -> TensorMap:
 def emulated_rows(_: torch.device, bulk: bool, *values: int) -> EmulatedKernel:
     """In the place of `row_attention._kernel`."""
     return EmulatedKernel(row_attention.SOURCE, "row_attention", row_attention.KINDS, row_attention.defines_for(bulk, *values))
+
+
+@cache
+def emulated_many(_: torch.device, kind: int) -> EmulatedKernel:
+    """In the place of `many_rows._kernel`."""
+    return EmulatedKernel(many_rows.SOURCE, "many_rows", many_rows.KINDS, many_rows.defines_for(kind))

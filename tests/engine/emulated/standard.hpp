@@ -1,6 +1,7 @@
 // What the headers beside this include, compiled once for all kernels: it takes longer than any of them.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>

@@ -1,5 +1,7 @@
 // In the place of engine/kernels/warp.cuh, where there is no GPU: the threads of a block are fibers that take turns, and what a warp does at
 // once it does when all of its threads have come to it. So a kernel in CUDA C++ runs as it is written, slowly, on any machine.
+//
+// The blocks of a cluster run together: their threads are fibers one after another, and `self` is the number of the one whose turn it is.
 
 #include "standard.hpp"
 
@@ -7,8 +9,9 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static  // blocks run one after another, in any order
+#define __shared__ static  // blocks run one after another, in any order; those of a cluster share nothing so, and have dynamic memory only
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -18,31 +21,47 @@ using std::max;
 using std::min;
 
 struct Index { u32 x; };
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
+static u32 self;
+static u32 threads_of_block;
 
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 16);
+  std::function<bool()> ready;  // to go on: asked without a turn of its own
   bool done = false;
 };
 static std::vector<Fiber> fibers;
 static ucontext_t turns;
-static bool (*begin_block)() = [] { return true; };  // false: the block before left something undone
+static void (*begin_cluster)() = [] {};
+static void (*end_block)(u32) = [](u32) {};
+static bool (*end_cluster)() = [] { return true; };  // false: it left something undone
 static u32 progress;  // how often a fiber ended, or all met
+constexpr u32 MOST_IDLE = 100;  // rounds without any
+
+// Others have their turns until it is ready.
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  fibers[self].ready = ready;
+  swapcontext(&fibers[self].context, &turns);
+}
 
 // Where threads wait for each other.
 struct Meeting {
   u32 come = 0, round = 0;
+  void come_to(u32 of) {
+    if (++come == of) come = 0, round++, progress++;
+  }
   void meet(u32 of) {
     const u32 mine = round;
-    if (++come == of) come = 0, round++, progress++;
-    while (round == mine) swapcontext(&fibers[threadIdx.x].context, &turns);
+    come_to(of);
+    wait_until([&] { return round != mine; });
   }
 };
-static Meeting warps[32], block_meeting;
+static Meeting warps[32], block_meetings[2];
 
-inline void __syncthreads() { block_meeting.meet(fibers.size()); }
-inline void meet_warp() { warps[threadIdx.x / 32].meet(32); }
+inline void __syncthreads() { block_meetings[self / threads_of_block].meet(threads_of_block); }
+inline void meet_warp() { warps[self / 32].meet(32); }
 
 struct Quad { u32 a, b, c, d; };
 
@@ -77,6 +96,7 @@ inline u32 rounded(float x) {
 inline u32 both(float l, float h) { return rounded(l) | rounded(h) << 16; }
 
 inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 struct Operands { u32 a[4], b[2]; };
@@ -84,7 +104,7 @@ static Operands operands[32][32];
 
 // Which thread has which of the operands: PTX ISA, "Matrix Fragments for mma.m16n8k16".
 inline void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u32 warp = self / 32, lane = self % 32;
   operands[warp][lane] = {{a0, a1, a2, a3}, {b0, b1}};
   meet_warp();
   for (int i = 0; i < 4; i++) {
@@ -102,8 +122,8 @@ inline u32 pick_half(u32 x, u32 y, bool upper) { return upper ? x >> 16 | (y & 0
 template <class Number>
 inline Number from_lane(Number x, int lane) {
   static Number shared[32][32];
-  const u32 warp = threadIdx.x / 32;
-  shared[warp][threadIdx.x % 32] = x;
+  const u32 warp = self / 32;
+  shared[warp][self % 32] = x;
   meet_warp();
   const Number theirs = shared[warp][lane];
   meet_warp();
@@ -125,45 +145,54 @@ inline u32 take_ticket(u32* tickets) { return (*tickets)++; }
 inline float load_far(const float* at) { return *at; }
 inline void wait_for_kernel_before() {}
 
-// As cuLaunchKernel does it, `values` are the addresses of the arguments. Returns 0; or 1 if threads wait for some that never come, or for
+// As cuLaunchKernel does it, `values` are the addresses of the arguments; `together` are the blocks of a cluster. Returns 0; or 1 if threads wait for some that never come, or for
 // none of what they began.
 template <class... Arguments, size_t... i>
-int launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, void** values, std::index_sequence<i...>) {
+int launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, u32 together, void** values, std::index_sequence<i...>) {
   static void (*body)(void**);
   static void** given;
   static void (*function)(Arguments...);
   function = kernel, given = values;
   body = [](void** all) { function(*(std::remove_reference_t<Arguments>*)all[i]...); };
   static std::mt19937 random;
-  std::vector<u32> order(blocks);
+  if (blocks % together) return 1;
+  threads_of_block = threads, gridDim.x = blocks;
+  std::vector<u32> order(blocks / together);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);  // none may count on those before it
-  for (u32 block : order) {
-    if (!begin_block()) return 1;
-    blockIdx.x = block;
-    fibers = std::vector<Fiber>(threads);
+  for (u32 cluster : order) {
+    begin_cluster();
+    fibers = std::vector<Fiber>(threads * together);
     for (Fiber& fiber : fibers) {
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
       fiber.context.uc_link = &turns;
-      makecontext(&fiber.context, [] { body(given), fibers[threadIdx.x].done = true, progress++; }, 0);
+      makecontext(&fiber.context, [] { body(given), fibers[self].done = true, progress++; }, 0);
     }
-    for (u32 left = threads; left > 0;) {
+    std::vector<u32> running(together, threads);
+    for (u32 left = threads * together, idle = 0; left > 0; idle++) {
       const u32 before = progress;
-      left = 0;
-      for (u32 thread = 0; thread < threads; thread++) {
-        if (fibers[thread].done) continue;
-        threadIdx.x = thread;
-        swapcontext(&turns, &fibers[thread].context);
-        left += !fibers[thread].done;
+      bool sits_out = false;
+      for (self = 0; self < threads * together; self++) {
+        Fiber& fiber = fibers[self];
+        if (self % 32 == 0) sits_out = random() % 4 == 0;  // warps go at different speeds
+        if (fiber.done || sits_out) continue;
+        const u32 rank = self / threads;
+        threadIdx.x = self % threads, blockIdx.x = cluster * together + rank;
+        if (!fiber.ready || fiber.ready()) fiber.ready = nullptr, swapcontext(&turns, &fiber.context);
+        if (!fiber.done) continue;
+        left--;
+        if (--running[rank] == 0) end_block(rank);
       }
-      if (left > 0 && progress == before) return 1;
+      if (progress != before) idle = 0;
+      if (idle > MOST_IDLE) return 1;
     }
+    if (!end_cluster()) return 1;
   }
   return 0;
 }
 
 template <class... Arguments>
-int launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, void** values) {
-  return launch(kernel, blocks, threads, values, std::index_sequence_for<Arguments...>());
+int launch(void (*kernel)(Arguments...), u32 blocks, u32 threads, u32 together, void** values) {
+  return launch(kernel, blocks, threads, together, values, std::index_sequence_for<Arguments...>());
 }
