@@ -43,6 +43,7 @@ class TritonAttention:
             queries_in_tile(layer.heads // layer.kv_heads, layer.head_dim, dtype or pool.dtype): None for layer in layers
         }  # an ordered set: how many queries a tile holds is all that layers differ in
         self.decodes: Decodes | None = None
+        self.sampled: Decodes | None = None  # the tokens whose logits a step is to have, where those are not all, as decodes
         self.chunks: dict[int, Chunks] = {}
         self.places = self.table
         self._grid = (0, 0)  # decodes, and the longest of them
@@ -107,11 +108,20 @@ class TritonAttention:
         self.decodes = (
             Decodes(columns["sources"], columns["positions"], self.table, columns["decodes"], decodes, splits) if decodes else None
         )
+        self.sampled = None
+        if not self.deterministic and "sample_tokens" in columns and len(columns["sample_tokens"]):
+            self.sampled = self._as_decodes(columns["sample_slots"], columns["positions"].index_select(0, columns["sample_tokens"]))
         self.chunks = {
             queries: Chunks(table=self.table, **{name: columns[f"tile.{name}.{queries}"] for name in TILE})
             for queries in self.tiles
             if f"tile.counts.{queries}" in columns
         }
+
+    def _as_decodes(self, slots: Tensor, starts: Tensor) -> Decodes:
+        """Of slots at these positions; the last may be of the one that nobody has."""
+        rows = len(slots)
+        count = (slots != len(self.table) - 1).sum()
+        return Decodes(slots, starts, self.table, count, rows, splits_for(rows, self.kv_heads, self.processors, self.longest))
 
     def attend(self, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         write_rows(k, layer.keys, self.places)
@@ -130,14 +140,23 @@ class TritonAttention:
         return out
 
     def attend_fused(
-        self, layer: LayerAttention, qkv: Tensor, weights: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor, positions: Tensor
-    ) -> Tensor:
+        self, layer: LayerAttention, qkv: Tensor, weights: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor, positions: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """From a layer's fused product `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads, dim]`: norm and turn the heads, write
-        keys and values, attend. See `engine.kernels.heads.turn_heads`. A step of decodes alone does it all in one launch. Raises
-        `CudaError` (`engine.kernels.row_attention`) and, for a long prompt, `RuntimeError`."""
+        keys and values, attend. See `engine.kernels.heads.turn_heads`. A step of decodes alone does it all in one launch. `rows` are the
+        step's `sample_tokens`: then only these attend, each as a decode, to `[rows, heads, dim]`. Raises `CudaError`
+        (`engine.kernels.row_attention`) and, for a long prompt, `RuntimeError`."""
         shape = layer.shape
         heads = qkv.view(len(qkv), -1, shape.head_dim)
         pool = layer.keys, layer.values
+        if rows is not None and self.sampled is not None:
+            q = turn_heads(qkv, weights, epsilon, cos, sin, positions, self.places, *pool).index_select(0, rows)
+            out = q.new_empty((len(q), shape.heads, shape.value_dim))
+            attend_decodes(q, *pool, out, self.sampled, self.tickets, shape, None)
+            return out
+        if rows is not None:
+            return self.attend_fused(layer, qkv, weights, epsilon, cos, sin, positions).index_select(0, rows)
         if self._as_prompt:
             k = heads.new_empty((len(heads), shape.kv_heads, shape.head_dim))
             q = turn_heads(qkv, weights, epsilon, cos, sin, positions, self.places, *pool, kept=k)

@@ -38,8 +38,11 @@ class Glue(Protocol):
         and what `join` has still to add; or both summed, in the memory of h, and None."""
         ...
 
-    def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
-        """From `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads * dim]`; keys and values go to the pool."""
+    def attend(
+        self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary, rows: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """From `[tokens, (heads + 2 * kv_heads) * dim]` to `[tokens, heads * dim]`; keys and values go to the pool. With `rows`, the
+        step's `sample_tokens`, what those alone attend to: `[rows, heads * dim]`."""
         ...
 
     def gate(self, x: Tensor) -> Tensor:
@@ -71,13 +74,16 @@ class PlainGlue:
     def end(self, product: Linear, h: Tensor, x: Tensor, after: Norm | None) -> tuple[Tensor, Tensor | None]:
         return h, product(x)
 
-    def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
+    def attend(
+        self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary, rows: Tensor | None
+    ) -> Tensor:  # fmt: skip
         shape = layer.shape
         rotated = shape.heads + shape.kv_heads
         heads = qkv.view(len(qkv), -1, shape.head_dim)
         turning = heads[:, :rotated] if norm is None else norm(heads[:, :rotated])
         turned = rotate(turning, *self.turns[rotary])
-        return layer.backend.attend(layer, turned[:, : shape.heads], turned[:, shape.heads :], heads[:, rotated:], None).flatten(1)
+        y = layer.backend.attend(layer, turned[:, : shape.heads], turned[:, shape.heads :], heads[:, rotated:], None).flatten(1)
+        return y if rows is None else y.index_select(0, rows)
 
     def gate(self, x: Tensor) -> Tensor:
         width = x.shape[1] // 2
@@ -111,7 +117,9 @@ class FusedGlue:
     def end(self, product: Linear, h: Tensor, x: Tensor, after: Norm | None) -> tuple[Tensor, Tensor | None]:
         return (product.add(h, x), None) if after is None and product.adds else (h, product(x))
 
-    def attend(self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary) -> Tensor:
+    def attend(
+        self, layer: LayerAttention, qkv: Tensor, norm: HeadNorm | WidthNorm | None, rotary: Rotary, rows: Tensor | None
+    ) -> Tensor:  # fmt: skip
         shape = layer.shape
         weight, epsilon = None, 0.0
         if isinstance(norm, HeadNorm):
@@ -120,7 +128,7 @@ class FusedGlue:
             rotated = (shape.heads + shape.kv_heads) * shape.head_dim
             turning = norm(qkv[:, :rotated].view(len(qkv), -1, shape.head_dim))
             qkv = torch.cat((turning.flatten(1), qkv[:, rotated:]), 1)
-        return self.backend.attend_fused(layer, qkv, weight, epsilon, *self.tables[rotary], self.positions).flatten(1)
+        return self.backend.attend_fused(layer, qkv, weight, epsilon, *self.tables[rotary], self.positions, rows).flatten(1)
 
     def gate(self, x: Tensor) -> Tensor:
         return self._gate(x, self.activation)

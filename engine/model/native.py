@@ -61,9 +61,9 @@ class Layer:
         if paged is None:
             raise RuntimeError("the model is not attached to a KV pool")
         h, y = glue.join(h, x, after, self.before_attention)
-        y = glue.attend(paged, self.qkv(y), self.norm_heads, self.rotary)
+        y = glue.attend(paged, self.qkv(y), self.norm_heads, self.rotary, rows)
         if rows is not None:
-            h, y = h.index_select(0, rows), y.index_select(0, rows)
+            h = h.index_select(0, rows)
             if self.adapters is not None:
                 self.adapters.narrow()
         h, x = glue.end(self.out, h, y, self.after_attention)
@@ -85,7 +85,7 @@ class Layer:
         paged = self.paged
         if paged is None:
             raise RuntimeError("the model is not attached to a KV pool")
-        y = glue.attend(paged, glue.product(self.qkv, h, norm=self.before_attention), self.norm_heads, self.rotary)
+        y = glue.attend(paged, glue.product(self.qkv, h, norm=self.before_attention), self.norm_heads, self.rotary, None)
         return self.mlp.run_fused(glue.product(self.out, y, add=h), self.before_mlp, glue)
 
 
