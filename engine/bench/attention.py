@@ -21,16 +21,16 @@ BLOCK = 16  # tokens
 
 def time_decodes(subject: Subject, rows: int, keys: int) -> Iterator[Case]:
     """`rows` streams whose newest token is their `keys`-th."""
-    yield _attention(subject, "decode attention", f"{rows} of {keys} keys", rows, 1, keys)
+    yield from _attention(subject, "decode attention", f"{rows} of {keys} keys", rows, 1, keys)
 
 
 def time_prompts(subject: Subject, prompts: int, tokens: int) -> Iterator[Case]:
     """`prompts` whole prompts of so many tokens each."""
-    yield _attention(subject, "prefill attention", f"{prompts} of {tokens} tokens", prompts, tokens, tokens)
+    yield from _attention(subject, "prefill attention", f"{prompts} of {tokens} tokens", prompts, tokens, tokens)
 
 
-def _attention(subject: Subject, kernel: str, name: str, rows: int, count: int, keys: int) -> Case:
-    """`rows` rows of `count` queries each, the last of which sees `keys` keys."""
+def _attention(subject: Subject, kernel: str, name: str, rows: int, count: int, keys: int) -> Iterator[Case]:
+    """`rows` rows of `count` queries each, the last of which sees `keys` keys. Chunks also by way of Hopper's tensor cores."""
     shape, device, item = subject.shape, subject.device, subject.dtype.itemsize
     tokens, each = rows * count, -(-keys // BLOCK)
     layers = subject.copies(lambda: shape, rows * keys * shape.bytes_per_token(subject.kv_dtype))
@@ -63,7 +63,15 @@ def _attention(subject: Subject, kernel: str, name: str, rows: int, count: int, 
     pairs = rows * sum(keys - before if shape.window is None else min(keys - before, shape.window) for before in range(count))
     read = rows * min(keys, (shape.window or keys) + count - 1) * shape.bytes_per_token(subject.kv_dtype)
     moved = read + tokens * shape.heads * (shape.head_dim + shape.value_dim) * item
-    return Case(kernel, name, tokens, moved, 2 * pairs * shape.heads * (shape.head_dim + shape.value_dim), calls)
+    flops = 2 * pairs * shape.heads * (shape.head_dim + shape.value_dim)
+    yield Case(kernel, name, tokens, moved, flops, calls)
+    if can_fuse(backend) and not decodes:
+        from penstock.engine.kernels.chunk_attention import attend_tiles, suits_chunks  # Triton comes with CUDA builds of torch only
+
+        if suits_chunks(shape, q, parts[0].keys):
+            (chunks,), out = backend.chunks.values(), torch.empty_like(q)
+            calls = [partial(attend_tiles, q, part.keys, part.values, out, chunks, shape) for part in parts]
+            yield Case(f"{kernel}, Hopper's", name, tokens, moved, flops, calls)
 
 
 def make_backend(subject: Subject, pool: KVPool, rows: int) -> AttentionBackend:

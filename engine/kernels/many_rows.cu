@@ -94,7 +94,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 #pragma unroll
         for (int i = 0; i < BOX / 16; i++) multiply_tiles(sums, given + 32 * i, weights + 32 * i, stage > 0 || i > 0);
         end_products();
-        wait_for_products<1>(sums);
+        wait_for_products<1>();
         if (stage > 0) release(turn - 1);
         if (follows && warpgroup == 0 && stage == BEHIND - 1) go_ahead();
       }

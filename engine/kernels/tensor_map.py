@@ -34,18 +34,18 @@ def can_copy_boxes(device: torch.device) -> bool:
     return properties.major >= 9 and properties.shared_memory_per_multiprocessor >= ROOM
 
 
-def map_boxes(x: Tensor, rows: int) -> TensorMap:
-    """Of x `[rows, columns]` or `[matrices, rows, columns]`, bfloat16, in boxes of so many rows, up to 256. A row's numbers lie together,
-    and each row begins at an address that is a multiple of 16. Raises `CudaError`."""
-    return _map(x.data_ptr(), x.shape[::-1], x.stride()[-2::-1], rows)
+def map_boxes(x: Tensor, rows: int, matrices: int = 1) -> TensorMap:
+    """Of x `[rows, columns]` or `[matrices, rows, columns]`, bfloat16, in boxes of so many rows of so many matrices, each up to 256. A
+    row's numbers lie together, and each row begins at an address that is a multiple of 16. Raises `CudaError`."""
+    return _map(x.data_ptr(), x.shape[::-1], x.stride()[-2::-1], (BOX, rows, matrices)[: x.dim()])
 
 
 @lru_cache(maxsize=KEPT)
-def _map(address: int, shape: Sequence[int], steps_between: Sequence[int], rows: int) -> TensorMap:
+def _map(address: int, shape: Sequence[int], steps_between: Sequence[int], of_box: Sequence[int]) -> TensorMap:
     """Innermost first; steps are counted in numbers."""
     depth = len(shape)
     sizes, strides = (c_uint64 * depth)(*shape), (c_uint64 * (depth - 1))(*(2 * step for step in steps_between))
-    box, steps = (c_uint32 * depth)(BOX, rows, *[1] * (depth - 2)), (c_uint32 * depth)(*[1] * depth)
+    box, steps = (c_uint32 * depth)(*of_box), (c_uint32 * depth)(*[1] * depth)
     room = (c_uint64 * 24)()
     found = TensorMap.from_buffer(room, -ctypes.addressof(room) % ALIGNED)
     kinds = (NO_INTERLEAVE, SWIZZLE_128, PROMOTE_128, ZEROS)

@@ -42,6 +42,18 @@ __device__ inline Quad load_shared(const void* at) {
   return q;
 }
 
+__device__ inline void store_shared(void* at, const Quad& q) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+               :: "r"((u32)__cvta_generic_to_shared(at)), "r"(q.a), "r"(q.b), "r"(q.c), "r"(q.d) : "memory");
+}
+
+__device__ inline void store(void* at, const Quad& q) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" :: "l"(at), "r"(q.a), "r"(q.b), "r"(q.c), "r"(q.d) : "memory");
+}
+
+// As good as exact, but zero below 2^-126.
+__device__ inline float power_of_two(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
+
 __device__ inline float low(u32 two) { return __uint_as_float(two << 16); }
 __device__ inline float high(u32 two) { return __uint_as_float(two & 0xffff0000u); }
 __device__ inline u32 both(float l, float h) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(h), "f"(l)); return r; }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from penstock.engine.kernels import few_rows, many_rows, row_attention
+from penstock.engine.kernels import chunk_attention, few_rows, many_rows, row_attention
 from penstock.engine.kernels.tensor_map import TensorMap
 
 HEADERS, STANDARD = Path(__file__).with_name("emulated"), "standard.hpp"
@@ -68,10 +68,10 @@ def emulated_bulk(_: torch.device, cut: few_rows.Stages, *values: int) -> Emulat
     return EmulatedKernel(few_rows.BULK_SOURCE, "few_rows_bulk", few_rows.BULK_KINDS, few_rows.defines_for(cut, *values))
 
 
-def emulated_boxes(x: torch.Tensor, rows: int) -> TensorMap:
+def emulated_boxes(x: torch.Tensor, rows: int, matrices: int = 1) -> TensorMap:
     """In the place of `engine.kernels.tensor_map.map_boxes`: see emulated/bulk.cuh."""
     sizes, strides = [1] * (3 - x.dim()) + list(x.shape), [0] * (3 - x.dim()) + list(x.stride())
-    words = (x.data_ptr(), *reversed(sizes), 2 * strides[1], 2 * strides[0], rows)
+    words = (x.data_ptr(), *reversed(sizes), 2 * strides[1], 2 * strides[0], rows, matrices)
     return TensorMap((ctypes.c_uint64 * 16)(*words))
 
 
@@ -85,3 +85,9 @@ def emulated_rows(_: torch.device, bulk: bool, *values: int) -> EmulatedKernel:
 def emulated_many(_: torch.device, kind: int) -> EmulatedKernel:
     """In the place of `many_rows._kernel`."""
     return EmulatedKernel(many_rows.SOURCE, "many_rows", many_rows.KINDS, many_rows.defines_for(kind))
+
+
+@cache
+def emulated_chunks(_: torch.device, *values: int) -> EmulatedKernel:
+    """In the place of `chunk_attention._kernel`."""
+    return EmulatedKernel(chunk_attention.SOURCE, "chunk_attention", chunk_attention.KINDS, chunk_attention.defines_for(*values))

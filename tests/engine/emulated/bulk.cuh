@@ -4,7 +4,7 @@
 constexpr int BOX = 64, BOX_BYTES = 2 * BOX;
 
 // What tests/engine/emulating.py makes: where the tensor begins, columns, rows and matrices, bytes from one row and matrix to the next, and the
-// rows of a box.
+// rows and matrices of a box.
 struct Map { u64 words[16]; };
 
 constexpr u32 DYNAMIC = 1 << 18;
@@ -75,11 +75,11 @@ template <class Each>
 inline void each_of_box(const Map* map, char* there, int column, int row, int matrix, Each each) {
   if ((u64)there % 1024) abort();  // or the engine would put the 16 bytes of a row elsewhere
   const u64* words = map->words;
-  for (int r = 0; r < (int)words[6]; r++)
+  for (int r = 0; r < (int)(words[6] * words[7]); r++)
     for (int i = 0; i < BOX; i++) {
-      const s64 x = column + i, y = row + r;
-      const bool inside = x < (s64)words[1] && y < (s64)words[2] && matrix < (s64)words[3];
-      char* number = inside ? (char*)words[0] + x * 2 + y * (s64)words[4] + matrix * (s64)words[5] : nullptr;
+      const s64 x = column + i, y = row + r % words[6], z = matrix + r / words[6];
+      const bool inside = x < (s64)words[1] && y < (s64)words[2] && z < (s64)words[3];
+      char* number = inside ? (char*)words[0] + x * 2 + y * (s64)words[4] + z * (s64)words[5] : nullptr;
       each(number, there + r * BOX_BYTES + (i / 8 ^ r % 8) * 16 + i % 8 * 2);
     }
 }
@@ -87,7 +87,7 @@ inline void each_of_box(const Map* map, char* there, int column, int row, int ma
 inline void fetch(char* to, const Map* map, int column, int row, int matrix, u64* barrier) {
   copy_later([=] {
     each_of_box(map, to, column, row, matrix, [](const char* from, char* there) { from ? memcpy(there, from, 2) : memset(there, 0, 2); });
-    change(barrier, 0, -(int)map->words[6] * BOX_BYTES);
+    change(barrier, 0, -(int)(map->words[6] * map->words[7]) * BOX_BYTES);
   });
 }
 

@@ -76,6 +76,9 @@ inline Quad load_common_constant(const void* at) { return load(at); }
 inline Quad load_shared(const void* at) { return load(at); }
 inline Quad load_where(const void* at, bool inside) { return inside ? load(at) : Quad{}; }
 
+inline void store(void* at, const Quad& q) { memcpy(__builtin_assume_aligned(at, 16), &q, 16); }
+inline void store_shared(void* at, const Quad& q) { store(at, q); }
+
 inline float __uint_as_float(u32 bits) {
   float x;
   memcpy(&x, &bits, 4);
@@ -96,6 +99,7 @@ inline u32 rounded(float x) {
 inline u32 both(float l, float h) { return rounded(l) | rounded(h) << 16; }
 
 inline float __expf(float x) { return expf(x); }
+inline float power_of_two(float x) { return exp2f(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
