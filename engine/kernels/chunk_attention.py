@@ -3,7 +3,6 @@ have. How it works is in chunk_attention.cu beside this."""
 
 from __future__ import annotations
 
-import warnings
 from ctypes import c_float, c_int, c_void_p
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import LayerShape
-from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
+from penstock.engine.kernels.cuda import HOPPER, CudaKernel, can_load, load_kernel
 from penstock.engine.kernels.paged_attention import Chunks, queries_in_tile
 from penstock.engine.kernels.processors import processors_of
 from penstock.engine.kernels.tensor_map import TensorMap, map_boxes
@@ -44,15 +43,8 @@ def _values(shape: LayerShape, keys: Tensor) -> tuple[int, ...]:
 
 @cache
 def _compiles(device: torch.device, *values: int) -> bool:
-    """Whether the kernel can be compiled for a device, which must be of Hopper's kind; a warning says why not. Then Triton's attend."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    try:
-        _kernel(device, *values)
-    except (CudaError, OSError) as error:
-        warnings.warn(f"prompts attend slower: {error}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    """Whether the kernel can be compiled for a device, which must be of Hopper's kind; else Triton's attend."""
+    return torch.cuda.get_device_capability(device) == HOPPER and can_load(lambda: _kernel(device, *values), "attention of prompts is")
 
 
 def attend_tiles(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, chunks: Chunks, shape: LayerShape) -> Tensor:

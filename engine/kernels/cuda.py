@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from ctypes import POINTER, byref, c_byte, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
@@ -20,6 +21,7 @@ from penstock.engine.kernels.cache import cache_folder, made_apart
 # The driver's numbers: for programmatic dependent launch, see `engine.kernels.overlap`; and of a function, how much shared memory it may be
 # given at its launch, and how much of a multiprocessor's is to be there, in percent.
 EARLY, MOST_SHARED, SHARED_SHARE = 6, 8, 9
+HOPPER = (9, 0)  # compute capability of the tensor cores that warpgroup.cuh is for
 
 
 class CudaError(RuntimeError):
@@ -80,6 +82,16 @@ def load_kernel(
         with suppress(OSError), made_apart(cache_folder() / file) as made:
             made.write_bytes(image)
         return CudaKernel(image, name, kinds, early=major >= 9, shared=shared)
+
+
+def can_load(load: Callable[[], object], what: str) -> bool:
+    """Whether `load` gets its kernels; else a warning says why not. `what`: who is slower then, with a verb."""
+    try:
+        load()
+    except (CudaError, OSError) as error:
+        warnings.warn(f"{what} slower: {error}", RuntimeWarning, stacklevel=3)
+        return False
+    return True
 
 
 def _compile(library: ctypes.CDLL, source: bytes, file: str, options: list[str]) -> bytes:

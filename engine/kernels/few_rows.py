@@ -5,7 +5,6 @@ and the device copies in bulk, in few_rows_bulk.cu."""
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Iterable, Sequence
 from ctypes import c_float, c_int, c_uint64, c_void_p
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
+from penstock.engine.kernels.cuda import CudaKernel, can_load, load_kernel
 from penstock.engine.kernels.gate import ACTIVATIONS
 from penstock.engine.kernels.processors import processors_of
 from penstock.engine.kernels.tensor_map import BOX, TensorMap, can_copy_boxes, map_boxes
@@ -58,15 +57,14 @@ def suits_few(weight: Tensor) -> bool:
 
 @cache
 def _compiles(device: torch.device) -> bool:
-    """Whether kernels can be compiled for a device; a warning says why not. Then its products are the library's."""
-    try:
+    """Whether kernels can be compiled for a device; else its products are the library's."""
+
+    def load() -> None:
         _kernel(device, Blocks(8, 1), 1, 0, -1, 0, 0, 0)
         if can_copy_boxes(device):
             _bulk_kernel(device, stages_for(LARGE, 1, processors_of(device)), 1, 0, -1, 0, 0, 0)
-    except (CudaError, OSError) as error:
-        warnings.warn(f"steps of few rows are slower: {error}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+
+    return can_load(load, "steps of few rows are")
 
 
 def most_rows(shapes: Iterable[Sequence[int]], device: torch.device) -> int:

@@ -3,7 +3,6 @@ works is in many_rows.cu beside this."""
 
 from __future__ import annotations
 
-import warnings
 from ctypes import c_int
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
+from penstock.engine.kernels.cuda import HOPPER, CudaKernel, can_load, load_kernel
 from penstock.engine.kernels.gate import ACTIVATIONS
 from penstock.engine.kernels.processors import processors_of
 from penstock.engine.kernels.tensor_map import BOX, TensorMap, map_boxes
@@ -36,15 +35,8 @@ def suits_many(weight: Tensor) -> bool:
 
 @cache
 def _compiles(device: torch.device) -> bool:
-    """Whether the kernel can be compiled for a device, which must be of Hopper's kind; a warning says why not."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    try:
-        _kernel(device, -1)
-    except (CudaError, OSError) as error:
-        warnings.warn(f"steps of many rows are slower: {error}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    """Whether the kernel can be compiled for a device, which must be of Hopper's kind."""
+    return torch.cuda.get_device_capability(device) == HOPPER and can_load(lambda: _kernel(device, -1), "products of many rows are")
 
 
 def multiply_many(x: Tensor, weight: Tensor, activation: str | None = None) -> Tensor:

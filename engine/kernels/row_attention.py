@@ -3,7 +3,6 @@ that most models have. How it works is in row_attention.cu beside this."""
 
 from __future__ import annotations
 
-import warnings
 from ctypes import c_float, c_int, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.base import LayerShape
-from penstock.engine.kernels.cuda import CudaError, CudaKernel, load_kernel
+from penstock.engine.kernels.cuda import CudaKernel, can_load, load_kernel
 from penstock.engine.kernels.decode_attention import MOST_SPLITS, Decodes, Turns
 from penstock.engine.kernels.processors import processors_of
 from penstock.engine.kernels.tensor_map import TensorMap, can_copy_boxes, map_boxes
@@ -50,13 +49,8 @@ def _values(shape: LayerShape, turns: Turns, keys: Tensor) -> tuple[int, ...]:
 
 @cache
 def _compiles(device: torch.device, bulk: bool, *values: int) -> bool:
-    """Whether the kernel can be compiled for a device; a warning says why not. Then Triton's attend."""
-    try:
-        _kernel(device, bulk, *values)
-    except (CudaError, OSError) as error:
-        warnings.warn(f"decodes attend slower: {error}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    """Whether the kernel can be compiled for a device; else Triton's attend."""
+    return can_load(lambda: _kernel(device, bulk, *values), "attention of decodes is")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from penstock.engine.attention.base import LayerShape
 from penstock.engine.attention.triton import TILE
 from penstock.engine.kernels import chunk_attention
 from penstock.engine.kernels.chunk_attention import attend_tiles, suits_chunks
+from penstock.engine.kernels.cuda import HOPPER
 from penstock.engine.kernels.paged_attention import Chunks, queries_in_tile
 
 from .attending import make_step
@@ -30,7 +31,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(chunk_attention, "_kernel", emulated_chunks)
         monkeypatch.setattr(chunk_attention, "map_boxes", emulated_boxes)
         monkeypatch.setattr(chunk_attention, "processors_of", lambda _: 3)
-    elif torch.cuda.get_device_capability() != (9, 0):
+    elif torch.cuda.get_device_capability() != HOPPER:
         pytest.skip("the device has other tensor cores")
 
 
