@@ -72,7 +72,7 @@ __device__ inline int rank_in_cluster() {
 
 // All threads of all blocks.
 __device__ inline void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // At the same barrier of the block that has this rank.
